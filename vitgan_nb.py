@@ -1,0 +1,2864 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: kernelspec,jupytext,accelerator,colab
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # ViTGAN, explained and trained
+#
+# A generative adversarial network made of two Vision Transformers: one paints images, the other tells them from real
+# ones, and both learn from the quarrel. The method is *ViTGAN: Training GANs with Vision Transformers*
+# (Lee, Chang, Jiang, Zhang, Tu & Liu, ICLR 2022, [arXiv:2107.04589](https://arxiv.org/abs/2107.04589)).
+#
+# This notebook builds every part of it in PyTorch, says what goes wrong without the part, draws the part at work, and
+# checks it. Then it trains the whole on CIFAR-10. You need to know PyTorch; you need not have trained a GAN before.
+#
+# **How to use it.** *Runtime → Run all* trains and shows samples. Or step through: each section is text, a formula, a
+# short cell of code, a picture, and a check that prints one line with a ✓. A check is an ordinary test; change the
+# code above it and see what it catches.
+#
+# | profile | for | what it trains | how long |
+# |---|---|---|---|
+# | `smoke` | a computer without a GPU | a small model, on built-in drawings | 1½ minutes on 2 CPU cores |
+# | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes, by the clock |
+# | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
+#
+# **Contents.**
+# [2 Set-up](#set-up) · [3 Data](#data) ·
+# **Generator:** [4 Equalized learning rate](#equalized) · [5 Mapping network](#mapping) ·
+# [6 Self-modulated LayerNorm](#sln) · [7 Transformer block](#block) · [8 Fourier features](#fourier) ·
+# [9 Weight modulation](#modulation) · [10 SIREN patch decoder](#siren) · [11 Patches to image](#patches) ·
+# [12 Generator](#generator) ·
+# **Discriminator:** [13 DiffAugment](#diffaugment) · [14 Overlapping patches](#overlap) ·
+# [15 L2 attention](#l2) · [16 Improved spectral normalisation](#isn) · [17 Discriminator](#discriminator) ·
+# **Training:** [18 Losses](#losses) · [19 Moving average](#average) · [20 Step, loop, checkpoints](#training) ·
+# [21 Train](#train) ·
+# **After:** [22 Measure](#measure) · [23 Explore](#explore) · [24 Break it](#break) ·
+# [25 What differs from the paper, the blog post and the authors' code](#differences) · [26 More than one GPU](#gpus) ·
+# [27 References](#references)
+
+# %% [markdown]
+# <a name="set-up"></a>
+# ## 2. Set-up
+#
+# Choose here, then *Run all*. `auto` takes `lesson` on a GPU and `smoke` without one. A run that was cut off goes on
+# from its last checkpoint when the notebook is run again.
+
+# %%
+# @title Settings { display-mode: "form" }
+PROFILE = "auto"  # @param ["auto", "smoke", "lesson", "paper"]
+DATASET = "auto"  # @param ["auto", "cifar10", "shapes", "folder"]
+FOLDER = ""  # @param {type: "string"}
+MINUTES = 0  # @param {type: "number"}
+SAVE_TO_DRIVE = False  # @param {type: "boolean"}
+
+# %%
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+LIVE = __name__ == "__main__" and "get_ipython" in globals()  # in a notebook; False on import and in a script
+
+if LIVE:  # Colab lacks two of these; nothing that is there already is touched
+    wanted = ["torch", "torchvision", "matplotlib", "numpy", "tqdm", "ipywidgets", "safetensors", "torch_fidelity"]
+    missing = [name.replace("_", "-") for name in wanted if importlib.util.find_spec(name) is None]
+    if missing and subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *missing]):
+        print(f"Could not install {', '.join(missing)}; cells that need them will say so.", file=sys.stderr)
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# %% [markdown]
+# Three small helpers. `demo` runs a function at once when this is a live notebook and leaves it alone when the file is
+# imported; `check` does the same and prints the function's description once it has passed. Both give the function
+# a fixed seed and hand the random generator back as it was. `BadInput` is the one error that is the user's to mend.
+
+
+# %%
+def seeded(function: Callable) -> Callable:
+    """`function`, run from seed 0 without disturbing the random generators of the caller."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return function(*args, **kwargs)
+
+    return run
+
+
+def demo(function: Callable) -> Callable:
+    """Decorator: draw this now in a live notebook, only define it on import."""
+    function = seeded(function)
+    if LIVE:
+        function()
+    return function
+
+
+def check(test: Callable) -> Callable:
+    """Decorator: run this test now in a live notebook and print its docstring; pytest collects it from the script."""
+    test = seeded(test)
+    if LIVE:
+        test()
+        print("✓", test.__doc__)
+    return test
+
+
+class BadInput(ValueError):
+    """The configuration, a file or a flag is wrong; the message is one sentence for the user."""
+
+
+# %% [markdown]
+# All that can be chosen stands in one frozen `Config`, whose fields are the flags of the command line too. It refuses
+# what cannot work when it is made, not an hour later.
+
+
+# %%
+def option(default, meaning: str):
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, completely described. The defaults are the paper's size on CIFAR-10 (Lee et al. 2022, Section 4).
+
+    Raises `BadInput`, naming the value and what is accepted, for a combination that cannot work.
+    """
+
+    dataset: str = option("cifar10", "cifar10, shapes (built in) or folder")
+    data_root: str = option("", "folder of CIFAR-10 or of your images; empty: $VITGAN_DATA, else ./data")
+    image_size: int = option(32, "height and width H of an image, in pixels")
+    patch_size: int = option(4, "side P of a patch, in pixels; divides image_size")
+    dim: int = option(384, "width D of a token")
+    depth: int = option(4, "Transformer blocks in each network")
+    heads: int = option(6, "attention heads; divides dim")
+    mlp_ratio: int = option(4, "hidden width of an MLP over dim")
+    latent_dim: int = option(384, "length of the latent z")
+    mapping_depth: int = option(8, "layers of the mapping network")
+    siren_dim: int = option(384, "width of the patch decoder")
+    siren_depth: int = option(2, "modulated layers of the patch decoder, the one to RGB included")
+    omega_0: float = option(1.0, "factor inside every sine of the patch decoder")
+    demodulate: bool = option(False, "divide modulated weights by their norm, as StyleGAN2 does")
+    batch_size: int = option(128, "real images in a step, over all GPUs")
+    learning_rate: float = option(0.002, "of Adam, for both networks")
+    betas: tuple[float, float] = option((0.0, 0.99), "of Adam")
+    bcr_real: float = option(10.0, "weight of the consistency on real images")
+    bcr_fake: float = option(10.0, "weight of the consistency on generated images")
+    augment: str = option("color,translation,cutout", "DiffAugment policy, comma-separated; empty for none")
+    ema_half_life: int = option(500_000, "half-life of the moving average, in images seen (at most 5 % of them)")
+    steps: int = option(0, "stop after this many steps; 0: no such limit")
+    minutes: float = option(0.0, "stop after this many minutes; 0: no such limit")
+    seed: int = option(0, "of everything random")
+    out_dir: str = option("runs", "a run gets its own folder in here")
+    precision: str = option("auto", "auto, float32, bfloat16 or float16")
+    compile: bool = option(False, "compile both networks with torch.compile")
+
+    def __post_init__(self):
+        def need(condition: bool, name: str, accepted: str):
+            if not condition:
+                raise BadInput(f"{name} is {getattr(self, name)!r}, but must be {accepted}.")
+
+        def finite(x) -> bool:
+            return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in ("int", int):
+                need(type(value) is int, f.name, "a whole number")
+                least = 0 if f.name in ("steps", "seed") else 1
+                need(value >= least, f.name, f"{least} or more")
+            elif f.type in ("float", float):
+                need(finite(value) and value >= 0, f.name, "a number, 0 or more")
+            elif f.type in ("bool", bool):
+                need(type(value) is bool, f.name, "True or False")
+            elif f.type in ("str", str):
+                need(isinstance(value, str), f.name, "text")
+        for name, accepted in (
+            ("dataset", ("cifar10", "shapes", "folder")),
+            ("precision", ("auto", "float32", "bfloat16", "float16")),
+        ):
+            need(getattr(self, name) in accepted, name, f"one of {', '.join(accepted)}")
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        need(pair and all(finite(b) and 0 <= b < 1 for b in self.betas), "betas", "two numbers from 0 to below 1")
+        object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        need(self.learning_rate > 0, "learning_rate", "above 0")
+        need(self.omega_0 > 0, "omega_0", "above 0")
+        need(self.patch_size % 2 == 0, "patch_size", "even, because patches overlap by half")
+        need(self.image_size % self.patch_size == 0, "image_size", f"a multiple of patch_size ({self.patch_size})")
+        need(self.dim % self.heads == 0, "dim", f"a multiple of heads ({self.heads})")
+        need(self.dataset != "cifar10" or self.image_size == 32, "image_size", "32 for cifar10")
+        need(self.dataset != "folder" or self.data_root != "", "data_root", "the folder of your images")
+        unknown = set(filter(None, self.augment.split(","))) - {"color", "translation", "cutout"}
+        need(not unknown, "augment", "made of color, translation and cutout, separated by commas")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side; the number of patches is N = grid²."""
+        return self.image_size // self.patch_size
+
+
+PROFILES = {
+    "smoke": Config(
+        dataset="shapes", dim=96, depth=2, heads=3, latent_dim=64, mapping_depth=8, siren_dim=96,
+        batch_size=32, bcr_real=1.0, bcr_fake=1.0, steps=1200,
+    ),
+    "lesson": Config(
+        dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, batch_size=64, bcr_real=1.0, bcr_fake=1.0,
+        minutes=20.0,
+    ),
+    "paper": Config(),
+}  # fmt: skip
+
+
+# %%
+def best_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def number_format(precision: str, device: torch.device) -> torch.dtype:
+    """The format of matrix products for `precision`; "auto" is bfloat16 where the machine multiplies it natively.
+
+    A GPU older than Ampere (Colab's T4) has no bfloat16 units: there "auto" is float16, whose losses are scaled.
+    Weights, normalisation statistics, spectral norms and losses stay in float32 whatever this says.
+    """
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+# %% [markdown]
+# And two ways to look at things: a grid of images, and a matrix as a heat map.
+
+
+# %%
+def to_grid(images: Tensor, columns: int = 8) -> np.ndarray:
+    """Images (B, 3, H, W) in [-1, 1], or uint8, as one picture of shape (height, width, 3), uint8."""
+    from torchvision.utils import make_grid
+
+    if images.dtype != torch.uint8:
+        images = to_uint8(images)
+    return make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1], clipped, as whole numbers in [0, 255]. The inverse of `to_float`."""
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
+    return images.float() / 127.5 - 1
+
+
+def show_images(images: Tensor, title: str = "", columns: int = 8, axis=None):
+    """Draw images (B, 3, H, W) as a grid, in a figure of its own or on `axis`."""
+    picture = to_grid(images, columns)
+    own = axis is None
+    if own:
+        height, width = picture.shape[:2]
+        inches = min(9.0, width / 28)
+        _, axis = plt.subplots(figsize=(inches, inches * height / width + 0.3))
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+    if own:
+        plt.tight_layout()
+        plt.show()
+
+
+# %%
+if LIVE:
+    DEVICE = best_device()
+    profile = PROFILE if PROFILE != "auto" else "lesson" if DEVICE.type == "cuda" else "smoke"
+    config = PROFILES[profile]
+    if DATASET != "auto" or FOLDER:
+        config = replace(config, dataset="folder" if DATASET == "auto" else DATASET, data_root=FOLDER)
+    if MINUTES:
+        config = replace(config, minutes=float(MINUTES), steps=0)
+    if SAVE_TO_DRIVE:
+        from google.colab import drive
+
+        drive.mount("/content/drive")
+        config = replace(config, out_dir="/content/drive/MyDrive/vitgan")
+    torch.manual_seed(config.seed)
+    print(f"profile {profile}, data {config.dataset}")
+
+# %% [markdown]
+# <a name="data"></a>
+# ## 3. Data: real images, in the range the generator paints in
+#
+# Three sources, all ending as one tensor of `uint8` images that lives on the device; a batch is cut out of it and
+# becomes float only then.
+#
+# * **CIFAR-10**: 50,000 photographs of 32 × 32 pixels in ten classes, and 10,000 held out.
+# * **A folder of your images**, of any size: shorter side scaled to `image_size`, centre cut out.
+# * **Shapes**: ten kinds of coloured shapes, drawn here from a seed. Nothing to download, and easy enough that a small
+#   model shows something within a minute or two.
+#
+# A batch holds numbers in $[-1, 1]$, and that matters more than it looks: a published ViTGAN feeds its discriminator
+# real images in $[0, 1]$ while the generator's output is free. *"Is anything below zero?"* then separates the two
+# perfectly, and the generator learns to answer that question and not to paint.
+
+# %%
+SHAPES = {  # signed distances in the shape's own frame: negative inside, positive outside
+    "disc": lambda u, v: torch.hypot(u, v) - 0.8,
+    "ring": lambda u, v: (torch.hypot(u, v) - 0.65).abs() - 0.2,
+    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - 0.7,
+    "bar": lambda u, v: torch.maximum(u.abs() - 0.95, v.abs() - 0.35),
+    "triangle": lambda u, v: torch.maximum(v - 0.45, 0.866 * u.abs() - 0.5 * v - 0.45),
+    "diamond": lambda u, v: 0.85 * u.abs() + 0.5 * v.abs() - 0.5,
+    "cross": lambda u, v: torch.minimum(
+        torch.maximum(u.abs() - 0.9, v.abs() - 0.28), torch.maximum(u.abs() - 0.28, v.abs() - 0.9)
+    ),
+    "star": lambda u, v: torch.hypot(u, v) - 0.6 - 0.28 * torch.cos(5 * torch.atan2(v, u)),
+    "crescent": lambda u, v: torch.maximum(torch.hypot(u, v) - 0.85, 0.65 - torch.hypot(u - 0.4, v)),
+    "half disc": lambda u, v: torch.maximum(torch.hypot(u, v - 0.3) - 0.9, v - 0.3),
+}
+
+
+def draw_shapes(n: int, size: int = 32, seed: int = 0) -> Tensor:
+    """`n` drawings of the ten `SHAPES` in turn, (n, 3, size, size), uint8. The same seed gives the same drawings."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    pixel = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
+    y, x = torch.meshgrid(pixel, pixel, indexing="ij")
+    radius, angle = uniform(0.4, 0.65, 1, 1), uniform(-0.5, 0.5, 1, 1)
+    u, v = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
+    u, v = (u * angle.cos() + v * angle.sin()) / radius, (v * angle.cos() - u * angle.sin()) / radius
+    distance = torch.empty(n, size, size)
+    for kind, shape in enumerate(SHAPES.values()):
+        distance[kind :: len(SHAPES)] = shape(u[kind :: len(SHAPES)], v[kind :: len(SHAPES)])
+    inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # an edge one pixel wide
+
+    hue = uniform(0, 1, 1, 1, 1) + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1)
+    paint = 0.55 + 0.45 * torch.cos(2 * math.pi * hue)  # a saturated colour, (n, 3, 1, 1)
+    sky, ground = uniform(0.5, 1.0, 3, 1, 1), uniform(0.0, 0.5, 3, 1, 1)
+    background = sky + (ground - sky) * (y + 1) / 2  # light above, dark below
+    images = background + inside * (paint - background)
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+# %%
+def read_image(path: Path, size: int) -> tuple[Tensor, str]:
+    """One image file as uint8 (3, size, size), and what had to be done to it ("" for a plain RGB image).
+
+    The shorter side is scaled to `size` and the centre cut out. Transparency is laid over white, 16-bit greys keep
+    their upper byte, of an animation the first frame is taken. Raises `BadInput` for a file that is not an image.
+    """
+    from PIL import Image
+    from torchvision.transforms import functional as T
+
+    try:
+        with Image.open(path) as file:
+            note = "" if file.mode == "RGB" else f"mode {file.mode}"
+            if file.mode.startswith("I") or file.mode == "F":
+                grey = np.asarray(file, dtype=np.float64)
+                grey = grey / 256 if grey.max() > 255 else grey
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+            elif "A" in file.getbands() or "transparency" in file.info:
+                image, note = file.convert("RGBA"), "transparent"
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            else:
+                image = file.convert("RGB")
+            if min(image.size) < size:
+                note = f"smaller than {size} pixels, enlarged"
+            image = T.center_crop(T.resize(image, size, T.InterpolationMode.LANCZOS), size)
+    except Exception as error:  # a broken file fails in as many ways as there are decoders
+        raise BadInput(f"{path} cannot be read as an image ({error}); remove or repair it.") from error
+    return T.pil_to_tensor(image), note
+
+
+def read_folder(root: Path, size: int) -> Tensor:
+    """Every image below `root`, in the order of the names, as uint8 (M, 3, size, size); says what it converted."""
+    if not root.is_dir():
+        raise BadInput(f"{root} is not a folder; data_root must name the folder that holds your images.")
+    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in kinds)
+    if not files:
+        raise BadInput(f"{root} holds no image; files ending in {', '.join(sorted(kinds))} are read.")
+    images, notes, broken = [], {}, []
+    for path in files:
+        try:
+            image, note = read_image(path, size)
+        except BadInput as error:
+            broken.append(str(error))
+            continue
+        images.append(image)
+        if note:
+            notes[note] = notes.get(note, 0) + 1
+    if broken:
+        raise BadInput(broken[0] if len(broken) == 1 else f"{broken[0]} {len(broken) - 1} more cannot be read either.")
+    if notes:
+        print("Converted: " + "; ".join(f"{count} × {note}" for note, count in sorted(notes.items())) + ".")
+    return torch.stack(images)
+
+
+# %%
+def read_cifar10(root: Path) -> tuple[Tensor, Tensor]:
+    """The 50,000 training and 10,000 test images of CIFAR-10, uint8 (M, 3, 32, 32), from `root` or downloaded to it.
+
+    torchvision compares every file with its md5. Raises `BadInput` when the files are neither there nor to be had.
+    """
+    from torchvision.datasets import CIFAR10
+
+    def both(download: bool) -> tuple[Tensor, Tensor]:
+        parts = (CIFAR10(root, train=train, download=download).data for train in (True, False))
+        return tuple(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() for part in parts)
+
+    try:
+        return both(download=False)
+    except RuntimeError:  # not there, or not with the right md5
+        existed = root.exists()
+    try:
+        return both(download=True)
+    except (OSError, RuntimeError) as error:
+        (root / "cifar-10-python.tar.gz").unlink(missing_ok=True)
+        if root.exists() and not existed:
+            root.rmdir()
+        raise BadInput(
+            f"CIFAR-10 is not in {root} and could not be downloaded ({error}); connect to the network, set VITGAN_DATA "
+            "or data_root to the folder that holds cifar-10-batches-py, or choose dataset shapes."
+        ) from error
+
+
+def load_images(config: Config) -> tuple[Tensor, Tensor]:
+    """Training and held-out images of `config.dataset`, uint8 (M, 3, H, W) on the CPU. A tenth of a folder is held out."""
+    if config.dataset == "shapes":
+        return draw_shapes(10_000, config.image_size, config.seed), draw_shapes(
+            1_000, config.image_size, config.seed + 1
+        )
+    if config.dataset == "cifar10":
+        return read_cifar10(Path(config.data_root or os.environ.get("VITGAN_DATA") or "data").expanduser())
+    images = read_folder(Path(config.data_root).expanduser(), config.image_size)
+    if len(images) < 2:
+        raise BadInput(f"{config.data_root} holds one image; at least 2 are needed, one of them to be held out.")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+    held_out = max(1, len(images) // 10)
+    return images[order[held_out:]], images[order[:held_out]]
+
+
+# %% [markdown]
+# Which images make up batch number *t*? The order of every epoch is drawn from the seed and the number of the epoch,
+# so it follows from *t* alone: nothing has to be stored, and a resumed run sees the images it would have seen. Half of
+# them are mirrored, which doubles the data for free.
+
+
+# %%
+@functools.lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Indices (B,) of the images of one batch: each epoch visits all `n` images once, in an order of its own."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    return torch.cat([epoch_order(n, seed, e)[positions[epochs == e] % n] for e in epochs.unique().tolist()])
+
+
+def real_batch(images: Tensor, indices: Tensor) -> Tensor:
+    """uint8 `images` at `indices` as float (B, 3, H, W) in [-1, 1], each mirrored with probability 1/2."""
+    batch = to_float(images[indices.to(images.device)])  # (B, 3, H, W)
+    mirrored = torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5
+    return torch.where(mirrored, batch.flip(3), batch)
+
+
+# %% [markdown]
+# Below: what this run learns from. If you chose CIFAR-10 and it is not here, the next cell stops and says what to do;
+# it never trains on something else unasked.
+
+# %% tags=["nbval-ignore-output"]
+if LIVE:
+    train_images, held_out_images = load_images(config)
+    print(f"{len(train_images):,} training and {len(held_out_images):,} held-out images of {config.dataset}")
+    show_images(train_images[:40], f"forty training images of {config.dataset}", columns=10)
+
+
+# %%
+@check
+def test_real_images_fill_minus_one_to_one():
+    """Data: black becomes -1 and white 1, and back without loss"""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    batch = real_batch(levels, torch.tensor([0, 1]))
+    assert batch.min() == -1 and batch.max() == 1
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+
+
+@check
+def test_batches_visit_every_image_once_per_epoch():
+    """Data: an epoch visits every image once; the order follows from seed and step"""
+    epoch = torch.cat([batch_indices(10, 4, step, seed=7) for step in range(5)])  # 20 = two epochs of 10
+    assert epoch[:10].sort().values.tolist() == epoch[10:].sort().values.tolist() == list(range(10))
+    assert epoch[:10].tolist() != epoch[10:].tolist()
+    assert not torch.equal(batch_indices(10, 4, 0, seed=7), batch_indices(10, 4, 0, seed=8))
+
+
+@check
+def test_shapes_are_ten_kinds_from_a_seed():
+    """Data: the same seed draws the same shapes, another seed others, all in colour"""
+    images = draw_shapes(20, 32, seed=3)
+    assert torch.equal(images, draw_shapes(20, 32, seed=3)) and not torch.equal(images, draw_shapes(20, 32, seed=4))
+    assert images.shape == (20, 3, 32, 32) and images.dtype == torch.uint8
+    assert (images.float().std((1, 2, 3)) > 10).all()
+
+
+# %% [markdown]
+# <a name="equalized"></a>
+# ## 4. Equalized learning rate: every layer learns at the same pace
+#
+# Adam moves every weight by about the learning rate $\eta$ per step, whatever the gradient's size. A layer with
+# few inputs starts with large weights and hardly notices a step of that length; a layer with many inputs starts with
+# small ones and is rewritten by it. In a GAN that is worse than slow: the two networks must keep pace with each other.
+#
+# The remedy (Karras et al. 2018) is to store all weights at the same size and to scale them in use:
+#
+# $$y = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
+#
+# The outputs have the size they always had, but a step of length $\eta$ now changes every weight by the same
+# *share*. $m$ is a multiplier on the learning rate: with $m = 0.01$ a layer starts the same and learns 100 times slower.
+# The mapping network below needs that.
+
+
+# %%
+class EqualizedLinear(nn.Module):
+    """A linear layer whose weights are stored at unit size and scaled in use (Karras et al. 2018, Section 4.1).
+
+    `x` of shape (..., in_features) gives (..., out_features). Adam's steps act on the output `lr_multiplier` times
+    as fast as with a multiplier of 1; the outputs at the start are the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, lr_multiplier: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias * self.bias_gain  # (out,)
+        return F.linear(x, self.weight * self.weight_gain, bias)  # (..., out)
+
+
+# %% [markdown]
+# How much of a layer does one step of Adam change? Look at the slopes: `nn.Linear` changes more the wider it is,
+# the equalized layer changes by the same share at every width.
+
+
+# %%
+@demo
+def share_of_a_layer_changed_by_one_step():
+    widths = [8, 32, 128, 512, 2048]
+
+    def changed(layer: nn.Module, x: Tensor) -> float:
+        before = layer(x)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.002, betas=(0.0, 0.99))
+        (before * torch.randn_like(before)).sum().backward()
+        optimizer.step()
+        return ((layer(x) - before).norm() / before.norm()).item()
+
+    plain = [changed(nn.Linear(n, 64), torch.randn(256, n)) for n in widths]
+    equal = [changed(EqualizedLinear(n, 64), torch.randn(256, n)) for n in widths]
+    _, axis = plt.subplots(figsize=(5, 3))
+    axis.loglog(widths, plain, "o-", label="nn.Linear")
+    axis.loglog(widths, equal, "s-", label="EqualizedLinear")
+    axis.set(xlabel="inputs of the layer", ylabel="relative change of its output", title="one step of Adam, η = 0.002")
+    axis.legend()
+    plt.show()
+
+
+# %%
+@check
+def test_equalized_linear_keeps_size_and_pace():
+    """Equalized learning rate: outputs keep unit size; a step changes each width by the same share"""
+    for lr_multiplier in (1.0, 0.01):
+        shares = []
+        for n in (16, 1024):
+            layer, x = EqualizedLinear(n, 512, bias=False, lr_multiplier=lr_multiplier), torch.randn(512, n)
+            assert 0.9 < layer(x).std() < 1.1
+            step = 0.002 * torch.ones(512, n)  # what Adam moves a weight by
+            shares.append((step.norm() / layer.weight.detach().norm()).item())
+        torch.testing.assert_close(shares[0], shares[1], rtol=0.05, atol=0)
+        torch.testing.assert_close(shares[0], 0.002 * lr_multiplier, rtol=0.05, atol=0)
+
+
+# %% [markdown]
+# <a name="mapping"></a>
+# ## 5. Mapping network: from noise to a style
+#
+# The latent $z \sim \mathcal N(0, I)$ is a ball in which every direction is alike. Images are not: some combinations
+# hardly occur. Were $z$ used directly, the rest of the generator would have to fold the ball to fit. A mapping network
+# does the folding first: eight small layers take the normalised $z$ to a **style** $w$ (Karras et al. 2019).
+#
+# $$w = f\!\left(\frac{z}{\sqrt{\tfrac1d\sum_i z_i^2}}\right)$$
+#
+# Eight layers deep, a change in the first moves everything after it; so they learn 100 times slower, $m = 0.01$.
+#
+# The running mean $\bar w$ of all styles seen is kept. **Truncation** pulls a style towards it,
+# $w' = \bar w + \psi\,(w - \bar w)$: with $\psi < 1$ samples become more typical and less varied.
+
+
+# %%
+class MappingNetwork(nn.Module):
+    """Latent z -> style w: normalise, then `depth` layers of leaky ReLU (Karras et al. 2019, Section 2).
+
+    `z` of shape (B, latent_dim) gives `w` of shape (B, w_dim). In training mode the running mean `w_mean` follows w.
+    `truncation` ψ in [0, 1] interpolates from the mean style (0) to w itself (1).
+    """
+
+    def __init__(self, latent_dim: int, w_dim: int, depth: int):
+        super().__init__()
+        widths = [latent_dim] + [w_dim] * depth
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.layers = nn.ModuleList(EqualizedLinear(i, o, lr_multiplier=0.01) for i, o in pairs)
+        self.register_buffer("w_mean", torch.zeros(w_dim))
+
+    def forward(self, z: Tensor, truncation: float = 1.0) -> Tensor:
+        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), length √latent_dim
+        for layer in self.layers:
+            w = F.leaky_relu(layer(w), 0.2) * math.sqrt(2)  # (B, w_dim); √2 restores the size that ReLU halves
+        if self.training:
+            self.w_mean.lerp_(w.detach().float().mean(0), 0.005)
+        return w if truncation == 1 else self.w_mean + truncation * (w - self.w_mean)  # (B, w_dim)
+
+
+# %%
+@check
+def test_mapping_network():
+    """Mapping network: blind to the length of z, w of unit size, truncation 0 gives the mean style"""
+    mapping, z = MappingNetwork(64, 48, depth=8), torch.randn(256, 64)
+    w = mapping(z)
+    torch.testing.assert_close(mapping(5 * z), w)
+    assert w.shape == (256, 48) and 0.5 < w.square().mean().sqrt() < 2
+    for _ in range(2000):
+        mapping(z)
+    torch.testing.assert_close(mapping.w_mean, w.mean(0), rtol=0.01, atol=1e-3)
+    mapping.eval()
+    torch.testing.assert_close(mapping(z, truncation=0.0), mapping.w_mean.expand(256, 48))
+    torch.testing.assert_close(mapping(z, truncation=0.5), (mapping(z) + mapping.w_mean) / 2)
+
+
+# %% [markdown]
+# <a name="sln"></a>
+# ## 6. Self-modulated LayerNorm: where the style comes in
+#
+# In a Vision Transformer that classifies, the image enters as the sequence of tokens. Our generator has no image to
+# start from: its tokens begin as the position embedding, the same for every sample. Something must make the samples
+# differ, and one could add $w$ to the tokens or append it as one more token. The paper tried those and found that
+# modulating each normalisation works best:
+#
+# $$\mathrm{SLN}(h, w) = \bigl(1 + \gamma(w)\bigr) \odot \frac{h - \mu}{\sigma} + \beta(w)$$
+#
+# $\mu$ and $\sigma$ are taken over the $D$ features of one token, as in any LayerNorm. $\gamma(w)$ and $\beta(w)$ in
+# $\mathbb R^D$ are one linear layer of the style and are the same for all tokens of an image. So $w$ cannot say *"an
+# eye goes here"*. It turns features up and down everywhere, and the position embedding decides where they matter.
+#
+# The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, which is plain LayerNorm at
+# $\gamma = 0$. Each place of use gets a layer of its own: a published port shares one between attention and MLP, which
+# want different statistics.
+
+
+# %%
+class SelfModulatedLayerNorm(nn.Module):
+    """LayerNorm whose scale and shift come from the style (Lee et al. 2022, Section 3.3, "Self-modulated LayerNorm").
+
+    `h` of shape (B, N, dim) and `w` of shape (B, w_dim) give (B, N, dim).
+    """
+
+    def __init__(self, dim: int, w_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.gamma_beta = EqualizedLinear(w_dim, 2 * dim)
+
+    def forward(self, h: Tensor, w: Tensor) -> Tensor:
+        gamma, beta = self.gamma_beta(w)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        return (1 + gamma) * self.norm(h) + beta  # (B, N, D)
+
+
+# %% [markdown]
+# The 64 features of one token under eight styles. Without modulation the eight rows would be one row eight times.
+
+
+# %%
+@demo
+def one_token_under_eight_styles():
+    sln, w = SelfModulatedLayerNorm(64, 64), torch.randn(8, 64)
+    token = torch.randn(1, 1, 64).expand(8, 1, 64)  # (8, 1, 64), the same token eight times
+    figure, axes = plt.subplots(2, 1, figsize=(8, 2.6), sharex=True, height_ratios=(1, 3))
+    scale = dict(aspect="auto", cmap="RdBu", vmin=-4, vmax=4)
+    axes[0].imshow(sln.norm(token)[:1, 0], **scale)
+    axes[0].set(title="one token, normalised", yticks=[])
+    picture = axes[1].imshow(sln(token, w)[:, 0].detach(), **scale)
+    axes[1].set(title="the same token under eight styles", xlabel="feature", ylabel="style")
+    figure.tight_layout()
+    figure.colorbar(picture, ax=axes)
+    plt.show()
+
+
+# %%
+@check
+def test_sln_is_layer_norm_modulated_by_the_style():
+    """SLN: γ = β = 0 is LayerNorm; one γ, β for all tokens of an image; another style, another output"""
+    sln = SelfModulatedLayerNorm(32, 16).double()
+    h, w = torch.randn(2, 5, 32, dtype=torch.double), torch.randn(2, 16, dtype=torch.double)
+    plain = F.layer_norm(h, (32,))
+    gamma, beta = sln.gamma_beta(w).chunk(2, dim=1)
+    for image in range(2):
+        for token in range(5):
+            expected = plain[image, token] * (1 + gamma[image]) + beta[image]
+            torch.testing.assert_close(sln(h, w)[image, token], expected)
+    assert not torch.allclose(sln(h, w), sln(h, w.flip(0)))
+    nn.init.zeros_(sln.gamma_beta.weight)
+    torch.testing.assert_close(sln(h, w), plain)
+
+
+# %% [markdown]
+# <a name="block"></a>
+# ## 7. Attention, MLP, and the generator's block
+#
+# **Attention** lets every token look at all others. With $H$ heads of width $d = D/H$, per head:
+#
+# $$\mathrm{Attention}(h) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
+#
+# The division by $\sqrt d$ comes *before* the softmax, and it is the width of one head. Published ports scale after the
+# softmax, which only shrinks the output, or by the full $D$, which flattens the attention.
+# `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory.
+
+
+# %%
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, D) -> (B, heads, N, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads · d). The inverse of `split_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head dot-product self-attention (Vaswani et al. 2017, Section 3.2). (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = EqualizedLinear(dim, 3 * dim)
+        self.out = EqualizedLinear(dim, dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = (split_heads(x, self.heads) for x in self.qkv(h).chunk(3, dim=-1))  # (B, heads, N, d) each
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))  # (B, N, D)
+
+    def weights(self, h: Tensor) -> Tensor:
+        """The attention itself, for looking at: (B, heads, N, N), rows sum to 1."""
+        q, k, _ = (split_heads(x, self.heads) for x in self.qkv(h).chunk(3, dim=-1))
+        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+class FeedForward(nn.Module):
+    """Two layers with a GELU between, applied to each token alone. (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim: int, ratio: int):
+        super().__init__()
+        self.up = EqualizedLinear(dim, ratio * dim)
+        self.down = EqualizedLinear(ratio * dim, dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(h)))  # (B, N, D)
+
+
+# %% [markdown]
+# **The block** is the pre-norm Transformer block with SLN for LayerNorm:
+#
+# $$h' = h + \mathrm{MSA}(\mathrm{SLN}_1(h, w)), \qquad h'' = h' + \mathrm{MLP}(\mathrm{SLN}_2(h', w))$$
+#
+# Two lines, and in the blog post that everybody finds both are wrong: the MLP's output is computed and thrown away, and
+# the residual is taken from $h$ *after* it was overwritten by its normalised self. The first leaves a network without
+# MLPs; the second normalises the residual stream itself, so nothing accumulates in it.
+
+
+# %%
+class GeneratorBlock(nn.Module):
+    """Pre-norm Transformer block modulated by the style (Lee et al. 2022, Section 3.3, Equations 14 and 15).
+
+    `h` of shape (B, N, dim) and `w` of shape (B, w_dim) give (B, N, dim).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int, w_dim: int):
+        super().__init__()
+        self.norm1, self.attention = SelfModulatedLayerNorm(dim, w_dim), SelfAttention(dim, heads)
+        self.norm2, self.mlp = SelfModulatedLayerNorm(dim, w_dim), FeedForward(dim, mlp_ratio)
+
+    def forward(self, h: Tensor, w: Tensor) -> Tensor:
+        h = h + self.attention(self.norm1(h, w))  # (B, N, D)
+        return h + self.mlp(self.norm2(h, w))  # (B, N, D)
+
+
+# %% [markdown]
+# **The only input is the sine of a position embedding**, one learned vector per patch: $h_0 = \sin(E_\text{pos})$. The
+# sine keeps it in $[-1, 1]$, whatever training does to it. We let it start as random waves across the image,
+# $E_\text{pos} = \omega_x x + \omega_y y + \varphi$, so that neighbouring patches start out alike; from there every
+# entry is free. Below, six of the $D$ features at the start, drawn over the 8 × 8 patches.
+
+
+# %%
+def patch_centres(side: int) -> Tensor:
+    """Centres (side², 2) of side × side equal cells that tile [-1, 1]², row by row, as (x, y)."""
+    centre = (torch.arange(side) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    return torch.stack([x, y], -1).flatten(0, 1)  # (side², 2)
+
+
+def waves(side: int, dim: int) -> Tensor:
+    """The start of a position embedding: random plane waves over side × side patches, (side², dim), in radians."""
+    frequency, phase = math.pi * torch.randn(2, dim), 2 * math.pi * torch.rand(dim)
+    return patch_centres(side) @ frequency + phase  # (N, D)
+
+
+@demo
+def sine_of_the_position_embedding():
+    features = waves(8, 6).sin().T.reshape(6, 8, 8)
+    _, axes = plt.subplots(1, 6, figsize=(9, 1.7))
+    for axis, feature in zip(axes, features, strict=True):
+        axis.imshow(feature, cmap="RdBu", vmin=-1, vmax=1)
+        axis.axis("off")
+    plt.suptitle("six features of sin(position embedding), over the patches", fontsize=10)
+    plt.show()
+
+
+# %%
+@check
+def test_attention_is_the_libraries_attention():
+    """Attention: equals nn.MultiheadAttention, and `weights` are the weights that it uses"""
+    ours = SelfAttention(24, heads=4).double()
+    theirs = nn.MultiheadAttention(24, 4, batch_first=True, dtype=torch.double)
+    nn.init.normal_(ours.qkv.bias)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.qkv.weight * ours.qkv.weight_gain)
+        theirs.in_proj_bias.copy_(ours.qkv.bias)
+        theirs.out_proj.weight.copy_(ours.out.weight * ours.out.weight_gain)
+    h = 2 * torch.randn(2, 7, 24, dtype=torch.double)
+    expected, weights = theirs(h, h, h, average_attn_weights=False)
+    torch.testing.assert_close(ours(h), expected)
+    torch.testing.assert_close(ours.weights(h), weights)
+
+
+@check
+def test_generator_block_is_its_two_equations():
+    """Block: both residuals and both halves as in the equations, each half with a norm of its own"""
+    block = GeneratorBlock(24, heads=4, mlp_ratio=4, w_dim=16).double()
+    h, w = torch.randn(2, 7, 24, dtype=torch.double), torch.randn(2, 16, dtype=torch.double)
+    assert block.norm1 is not block.norm2
+    silent_mlp, silent_attention = GeneratorBlock(24, 4, 4, 16).double(), GeneratorBlock(24, 4, 4, 16).double()
+    silent_mlp.load_state_dict(block.state_dict())
+    silent_attention.load_state_dict(block.state_dict())
+    nn.init.zeros_(silent_mlp.mlp.down.weight)
+    nn.init.zeros_(silent_attention.attention.out.weight)
+    after_attention = h + block.attention(block.norm1(h, w))
+    torch.testing.assert_close(silent_mlp(h, w), after_attention)
+    torch.testing.assert_close(silent_attention(h, w), h + block.mlp(block.norm2(h, w)))
+    torch.testing.assert_close(block(h, w), after_attention + block.mlp(block.norm2(after_attention, w)))
+
+
+@check
+def test_position_embedding_starts_smooth():
+    """Position embedding: neighbouring patches start out more alike than distant ones"""
+    h = waves(8, 512).sin().reshape(8, 8, 512)
+    assert (h[:, 1:] - h[:, :-1]).norm(dim=-1).mean() < 0.8 * (h[:, 4:] - h[:, :-4]).norm(dim=-1).mean()
+
+
+# %% [markdown]
+# <a name="fourier"></a>
+# ## 8. Fourier features: where in the patch am I?
+#
+# The Transformer leaves one vector per patch, and 4 × 4 pixels must come out of it. The paper paints a patch with an
+# **implicit function**: a small network that is given the position of one pixel and returns its colour. But a network
+# fed with two raw coordinates learns slow variations first and sharp ones hardly ever (Tancik et al. 2020). So the
+# position $v = (x, y) \in [-1, 1]^2$ first becomes many sines of learned direction, frequency and phase:
+#
+# $$E_\text{fou}(v) = \sin(A v + b)$$
+#
+# The positions inside a patch are the same for every patch of every image: they are computed once per step and shared.
+
+
+# %%
+class FourierFeatures(nn.Module):
+    """Sines of learned waves (Lee et al. 2022, Section 3.3; Anokhin et al. 2021, Section 3.1).
+
+    `v` of shape (M, 2), positions (x, y) in [-1, 1], gives (M, out_features) in [-1, 1].
+    """
+
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.wave = EqualizedLinear(2, out_features)
+        nn.init.normal_(self.wave.weight, std=math.pi * math.sqrt(2) / 2)  # in use: half a turn per patch, typically
+        nn.init.uniform_(self.wave.bias, -math.pi, math.pi)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return torch.sin(self.wave(v))  # (M, out_features)
+
+
+# %% [markdown]
+# Eight of these features over one patch, drawn at 64 × 64 positions; the grid marks the 4 × 4 that training uses. They
+# are smooth, defined everywhere in between, and that is how section 23 paints at a higher resolution than it trained.
+
+
+# %%
+@demo
+def fourier_features_over_one_patch():
+    features = FourierFeatures(8)(patch_centres(64)).detach().T.reshape(8, 64, 64)
+    _, axes = plt.subplots(1, 8, figsize=(10, 1.6))
+    for axis, feature in zip(axes, features, strict=True):
+        axis.imshow(feature, cmap="RdBu", vmin=-1, vmax=1, extent=(0, 4, 4, 0))
+        axis.set(xticks=range(5), yticks=range(5), xticklabels=[], yticklabels=[])
+        axis.grid(color="k", linewidth=0.5)
+    plt.suptitle("eight Fourier features over a patch of 4 × 4 pixels", fontsize=10)
+    plt.show()
+
+
+# %%
+@check
+def test_fourier_features_tell_pixels_apart():
+    """Fourier features: within [-1, 1], and every pixel of a patch has features of its own"""
+    features = FourierFeatures(96)(patch_centres(4))
+    assert features.shape == (16, 96) and features.abs().max() <= 1
+    distance = torch.cdist(features, features) + 1e3 * torch.eye(16)
+    assert distance.min() > 1  # of vectors whose length is about √48 ≈ 7
+
+
+# %% [markdown]
+# <a name="modulation"></a>
+# ## 9. Weight modulation: one small network per patch
+#
+# How does the patch's vector $y$ tell the shared pixel network what to paint? By scaling the network's weights, as
+# StyleGAN2 does: a linear layer turns $y$ into one factor $s_j$ per input feature, and this patch uses
+#
+# $$W'_{ij} = s_j\,W_{ij}, \qquad \text{with demodulation}\quad W''_{ij} = \frac{W'_{ij}}{\sqrt{\sum_j W'^2_{ij} + \epsilon}}$$
+#
+# Written so, a batch of 64 images of 64 patches needs 4,096 weight matrices. But scaling the columns of a matrix is
+# scaling what it is multiplied with, and scaling its rows is scaling what comes out:
+#
+# $$W'x = W(s \odot x), \qquad W''x = d \odot W(s \odot x), \quad d_i = \Bigl(\textstyle\sum_j W_{ij}^2 s_j^2 + \epsilon\Bigr)^{-1/2}$$
+#
+# One matrix product for all patches of all images, the same numbers. A published port instead reshapes (B, pixels,
+# channels) to (1, B·channels, pixels) for a grouped convolution without transposing, which silently mixes pixels with
+# channels: the check below compares against one explicit matrix per patch.
+
+
+# %%
+class ModulatedLinear(nn.Module):
+    """A linear layer whose weights are modulated by a style per patch (Karras et al. 2020, Section 2.2).
+
+    `x` of shape (B, N, M, in_features), or broadcastable to it, and `style` of shape (B, N, style_dim) give
+    (B, N, M, out_features): M pixels in each of N patches.
+    """
+
+    def __init__(self, in_features: int, out_features: int, style_dim: int, demodulate: bool = False):
+        super().__init__()
+        self.linear = EqualizedLinear(in_features, out_features, bias=False)
+        self.scale = EqualizedLinear(style_dim, in_features)  # also the layer between, where widths differ
+        nn.init.ones_(self.scale.bias)  # modulate around 1
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.demodulate = demodulate
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        s = self.scale(style)[:, :, None]  # (B, N, 1, in)
+        y = self.linear(x * s)  # (B, N, M, out)
+        if self.demodulate:
+            w = self.linear.weight * self.linear.weight_gain  # (out, in)
+            y = y * torch.rsqrt(s.square() @ w.square().T + 1e-8)  # (B, N, M, out)
+        return y + self.bias  # (B, N, M, out)
+
+
+# %%
+@check
+def test_modulated_linear_is_one_matrix_per_patch():
+    """Weight modulation: equals one explicit W' or W'' per patch, pixel by pixel, values and gradients"""
+    for demodulate in (False, True):
+        layer = ModulatedLinear(6, 5, style_dim=7, demodulate=demodulate).double()
+        x = torch.randn(2, 3, 4, 6, dtype=torch.double, requires_grad=True)
+        style = torch.randn(2, 3, 7, dtype=torch.double, requires_grad=True)
+        expected = torch.empty(2, 3, 4, 5, dtype=torch.double)
+        for image in range(2):
+            for patch in range(3):
+                s = layer.scale(style[image, patch])
+                w = layer.linear.weight * layer.linear.weight_gain * s  # W', (out, in): columns scaled
+                if demodulate:
+                    w = w / (w.square().sum(1, keepdim=True) + 1e-8).sqrt()
+                for pixel in range(4):
+                    expected[image, patch, pixel] = w @ x[image, patch, pixel] + layer.bias
+        y = layer(x, style)
+        torch.testing.assert_close(y, expected)
+        inputs = [x, style, *layer.parameters()]
+        seed = torch.randn_like(y)
+        for a, b in zip(torch.autograd.grad(y, inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# %% [markdown]
+# <a name="siren"></a>
+# ## 10. SIREN patch decoder: pixels out of a vector
+#
+# The pixel network is a SIREN (Sitzmann et al. 2020): layers whose activation is a sine. ReLU networks of this size
+# paint blurs; sines paint edges and textures, and stay smooth in between. With $x_0 = E_\text{fou}(v)$ and
+# every layer modulated by the patch's vector $y$:
+#
+# $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr), \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x, y)$$
+#
+# The colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
+
+
+# %%
+class Siren(nn.Module):
+    """Paints the pixels of each patch from the patch's vector (Lee et al. 2022, Section 3.3, Equation 17).
+
+    `y` of shape (B, N, style_dim) and positions `v` of shape (M, 2) in [-1, 1] give colours (B, N, M, 3). `depth`
+    counts the modulated layers, the one to RGB included.
+    """
+
+    def __init__(self, style_dim: int, dim: int, depth: int, omega_0: float, demodulate: bool):
+        super().__init__()
+        self.fourier = FourierFeatures(dim)
+        self.layers = nn.ModuleList(ModulatedLinear(dim, dim, style_dim, demodulate) for _ in range(depth - 1))
+        self.rgb = ModulatedLinear(dim, 3, style_dim)
+        self.omega_0 = omega_0
+
+    def forward(self, y: Tensor, v: Tensor) -> Tensor:
+        x = self.fourier(v)[None, None]  # (1, 1, M, dim), the same for every patch
+        for layer in self.layers:
+            x = torch.sin(self.omega_0 * layer(x, y))  # (B, N, M, dim)
+        return self.rgb(x, y)  # (B, N, M, 3)
+
+
+# %% [markdown]
+# Thirty-two patches that an untrained decoder paints for 32 random vectors, at 4 × 4 pixels and, from the same vectors,
+# at 32 × 32. It is one continuous picture; the pixels are where we look at it.
+
+
+# %%
+@demo
+def patches_of_an_untrained_siren():
+    siren, y = Siren(64, 64, depth=2, omega_0=1.0, demodulate=False), torch.randn(1, 32, 64)
+    _, axes = plt.subplots(2, 1, figsize=(9, 2.6))
+    for axis, side in zip(axes, (4, 32), strict=True):
+        patches = siren(y, patch_centres(side))[0].reshape(32, side, side, 3).permute(0, 3, 1, 2)
+        patches = patches.repeat_interleave(32 // side, 2).repeat_interleave(32 // side, 3)
+        show_images(patches / 2, f"{side} × {side} pixels a patch", columns=16, axis=axis)
+    plt.tight_layout()
+    plt.show()
+
+
+# %%
+@check
+def test_siren_paints_one_continuous_patch():
+    """SIREN: the coarse pixels lie on the fine picture; each patch follows its own vector only; ω₀ counts"""
+    siren = Siren(16, 24, depth=3, omega_0=1.5, demodulate=True).double()
+    y = torch.randn(2, 5, 16, dtype=torch.double)
+    coarse = siren(y, patch_centres(4).double())  # (2, 5, 16, 3)
+    assert coarse.shape == (2, 5, 16, 3)
+    fine = siren(y, patch_centres(12).double()).reshape(2, 5, 12, 12, 3)  # every third centre is a coarse one
+    torch.testing.assert_close(fine[:, :, 1::3, 1::3].flatten(2, 3), coarse)
+    other = y.clone()
+    other[:, 2] += 1
+    changed = (siren(other, patch_centres(4).double()) != coarse).flatten(2).any(2)
+    assert changed.tolist() == [[False, False, True, False, False]] * 2
+    siren.omega_0 = 1.0
+    assert not torch.allclose(siren(y, patch_centres(4).double()), coarse)
+
+
+# %% [markdown]
+# <a name="patches"></a>
+# ## 11. Patches to image
+#
+# The pixels come out as (image, patch, pixel in patch, colour). Both the patches and the pixels run row by row, so the
+# two axes of rows must be brought together, and the two axes of columns: a reshape alone would interleave them.
+
+
+# %%
+def patches_to_image(patches: Tensor, grid: int, patch_size: int) -> Tensor:
+    """Patches (B, grid², patch_size², 3), row by row inside and out, -> (B, 3, grid · patch_size, grid · patch_size)."""
+    x = patches.unflatten(2, (patch_size, patch_size)).unflatten(1, (grid, grid))  # (B, row, column, i, j, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, 3, row · i, column · j)
+
+
+@check
+def test_patches_to_image_undoes_cutting():
+    """Patches to image: undoes F.unfold, which cuts images into patches"""
+    image = torch.randn(2, 3, 12, 12)
+    cut = F.unfold(image, kernel_size=4, stride=4)  # (B, 3 · 16, 9)
+    patches = cut.transpose(1, 2).unflatten(2, (3, 16)).transpose(2, 3)  # (B, 9, 16, 3)
+    torch.testing.assert_close(patches_to_image(patches, grid=3, patch_size=4), image)
+
+
+# %% [markdown]
+# <a name="generator"></a>
+# ## 12. Generator
+#
+# All together: $z$ becomes a style $w$; the position embedding passes through the blocks under that style; each token
+# paints its patch; the patches become the image.
+
+
+# %%
+class Generator(nn.Module):
+    """The generator of ViTGAN (Lee et al. 2022, Section 3.3, Equations 13 to 17), sized by a `Config`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, dim = config, config.dim
+        self.mapping = MappingNetwork(config.latent_dim, dim, config.mapping_depth)
+        self.position = nn.Parameter(waves(config.grid, dim))  # (N, D)
+        self.blocks = nn.ModuleList(
+            GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
+        )
+        self.norm = SelfModulatedLayerNorm(dim, dim)
+        self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
+        self.register_buffer("pixels", patch_centres(config.patch_size), persistent=False)  # (P², 2)
+
+    def forward(self, z: Tensor, truncation: float = 1.0) -> Tensor:
+        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`."""
+        y = self.tokens(self.mapping(z, truncation))  # (B, N, D)
+        return patches_to_image(self.siren(y, self.pixels), self.config.grid, self.config.patch_size)  # (B, 3, H, W)
+
+    def tokens(self, w: Tensor) -> Tensor:
+        """Styles (B, D) -> one vector for each patch, (B, N, D)."""
+        h = torch.sin(self.position).expand(len(w), -1, -1)  # (B, N, D)
+        for block in self.blocks:
+            h = block(h, w)  # (B, N, D)
+        return self.norm(h, w)  # (B, N, D)
+
+
+# %% [markdown]
+# What an untrained generator paints: every image differs (the style comes in) and consists of patches that know
+# nothing of each other yet. Training starts here.
+
+
+# %%
+@demo
+def an_untrained_generator():
+    small = replace(PROFILES["smoke"], dataset="shapes")
+    with torch.no_grad():
+        show_images(Generator(small)(torch.randn(16, small.latent_dim)), "before training", columns=8)
+
+
+# %%
+TINY = Config(
+    dataset="shapes", image_size=16, dim=24, depth=2, heads=2, latent_dim=12, mapping_depth=2, siren_dim=16,
+    batch_size=4, bcr_real=1.0, bcr_fake=1.0, steps=4, precision="float32",
+)  # fmt: skip  # for checks: every part, seconds on any machine
+
+
+@check
+def test_generator():
+    """Generator: one image per latent, each different, and every weight has a part in it"""
+    generator, z = Generator(TINY), torch.randn(3, TINY.latent_dim)
+    images = generator(z)
+    assert images.shape == (3, 3, 16, 16)
+    assert (images[0] - images[1]).abs().mean() > 0.1
+    generator.eval()
+    torch.testing.assert_close(generator(z)[1:2], generator(z[1:2]))  # an image depends on its own latent only
+    (generator(z) * torch.randn(3, 3, 16, 16)).sum().backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"{name} gets no gradient"
+
+
+# %% [markdown]
+# <a name="diffaugment"></a>
+# ## 13. DiffAugment: more data than there is
+#
+# The other half: the discriminator. Shown the same 50,000 images again and again it learns them by heart, and then
+# its opinion of anything else is worthless. Augmentation is the usual cure, but if only the *real* images are
+# augmented, the generator learns to paint augmented images. DiffAugment (Zhao et al. 2020) transforms **real and
+# generated images alike**, in both networks' steps, with operations that gradients pass through, so that the generator
+# is told what to change in the image *before* the transformation:
+#
+# * **color**: random brightness, saturation and contrast;
+# * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
+# * **cutout**: a square of half the side set to zero (mid grey).
+
+
+# %%
+def random_color(x: Tensor) -> Tensor:
+    brightness, saturation, contrast = torch.rand(3, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)  # (B, 1, 1, 1)
+    x = x + (brightness - 0.5)
+    grey = x.mean(1, keepdim=True)  # (B, 1, H, W)
+    x = grey + 2 * saturation * (x - grey)
+    middle = x.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return middle + (contrast + 0.5) * (x - middle)  # (B, 3, H, W)
+
+
+def random_translation(x: Tensor, ratio: float = 1 / 8) -> Tensor:
+    b, c, side = len(x), torch.arange(x.shape[1], device=x.device), torch.arange(x.shape[2], device=x.device)
+    most = round(x.shape[2] * ratio)
+    row, column = torch.randint(0, 2 * most + 1, (2, b, 1), device=x.device)  # (B, 1) each
+    image = torch.arange(b, device=x.device)[:, None, None, None]
+    rows, columns = (row + side)[:, None, :, None], (column + side)[:, None, None, :]  # where each pixel comes from
+    return F.pad(x, [most] * 4)[image, c[None, :, None, None], rows, columns]  # (B, 3, H, W)
+
+
+def random_cutout(x: Tensor, ratio: float = 1 / 2) -> Tensor:
+    side = torch.arange(x.shape[2], device=x.device)
+    row, column = torch.randint(0, x.shape[2] + 1, (2, len(x), 1), device=x.device)  # the centre, (B, 1) each
+    near = [(side - centre + 0.5).abs() < x.shape[2] * ratio / 2 for centre in (row, column)]  # (B, H), (B, W)
+    return x * ~(near[0][:, :, None] & near[1][:, None, :])[:, None]  # (B, 3, H, W)
+
+
+AUGMENTATIONS = {"color": random_color, "translation": random_translation, "cutout": random_cutout}
+
+
+def diff_augment(images: Tensor, policy: str) -> Tensor:
+    """Transform each image at random and differentiably (Zhao et al. 2020, Section 3.2).
+
+    `images` (B, 3, H, W) keep shape and type; `policy` names some of `AUGMENTATIONS`, comma-separated, "" none.
+    """
+    for name in filter(None, policy.split(",")):
+        images = AUGMENTATIONS[name](images)
+    return images
+
+
+# %% [markdown]
+# One image, eight times through each operation and through all three. You still see what it is; a discriminator that
+# had learned pixels by heart would not.
+
+
+# %%
+@demo
+def diff_augment_on_one_image():
+    image = to_float(train_images[7:8]).expand(8, -1, -1, -1)
+    policies = [*AUGMENTATIONS, ",".join(AUGMENTATIONS)]
+    _, axes = plt.subplots(len(policies), 1, figsize=(8, 4.6))
+    for axis, policy in zip(axes, policies, strict=True):
+        show_images(diff_augment(image, policy).clamp(-1, 1), policy.replace(",", " + "), axis=axis)
+    plt.tight_layout()
+    plt.show()
+
+
+# %%
+@check
+def test_diff_augment():
+    """DiffAugment: each image its own transformation, gradients pass, shifted and cut as announced"""
+    x = torch.rand(64, 3, 16, 16, dtype=torch.double).requires_grad_()
+    for policy in AUGMENTATIONS:
+        y = diff_augment(x, policy)
+        assert y.shape == x.shape and y.dtype == x.dtype
+        assert not torch.equal(y[0] - x[0], y[1] - x[1])
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        assert (gradient.abs().amax((1, 2, 3)) > 0).all(), f"no gradient through {policy}"
+    bright = torch.zeros(64, 3, 16, 16)
+    bright[:, :, 8, 8] = 1  # one bright pixel in the middle: where does it go?
+    at = diff_augment(bright, "translation")[:, 0].flatten(1).argmax(1)
+    rows, columns = at // 16 - 8, at % 16 - 8
+    assert {rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()} == {-2, 2}
+    cut = (diff_augment(torch.ones(256, 1, 16, 16), "cutout") == 0).sum((1, 2, 3))
+    assert cut.max() == 64 and cut.min() < 64  # 8 × 8, less at the border
+    assert torch.equal(diff_augment(x, ""), x)
+
+
+# %% [markdown]
+# <a name="overlap"></a>
+# ## 14. Overlapping patches
+#
+# A classifying ViT cuts the image into patches that do not touch. As a *discriminator* it then sees nothing across
+# their borders: the generator may paint patches that do not fit together and nobody complains. So every patch is
+# extended by half its side in each direction: $2P \times 2P$ pixels, every $P$ pixels, and the number of tokens stays.
+#
+# $$h_n = W \,\mathrm{vec}\bigl(x[\,rP - \tfrac P2 : rP + \tfrac{3P}2,\; cP - \tfrac P2 : cP + \tfrac{3P}2\,]\bigr)$$
+
+
+# %%
+class OverlappingPatchEmbedding(nn.Module):
+    """Patches of 2P × 2P pixels at stride P, as tokens (Lee et al. 2022, "Overlapping Image Patches").
+
+    Images (B, 3, H, W) give (B, N, dim) with N = HW / P²; beyond the border lie zeros.
+    """
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.linear = EqualizedLinear(3 * (2 * patch_size) ** 2, dim)
+
+    def cut(self, images: Tensor) -> Tensor:
+        """The pixels of every patch: (B, 3, H, W) -> (B, N, 3 · 4P²), colour by colour, row by row."""
+        p = self.patch_size
+        return F.unfold(images, kernel_size=2 * p, stride=p, padding=p // 2).transpose(1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.cut(images))  # (B, N, D)
+
+
+# %% [markdown]
+# A real image with three patches marked, and those patches as the discriminator gets them. The two neighbours, red and
+# blue, share a strip as wide as P: the border between them is inside both.
+
+
+# %%
+@demo
+def overlapping_patches_on_a_real_image():
+    p, image = config.patch_size, to_float(train_images[4:5])
+    patches = OverlappingPatchEmbedding(p, 8).cut(image)[0].reshape(-1, 3, 2 * p, 2 * p)
+    chosen = {"tab:red": (2, 3), "tab:blue": (2, 4), "tab:green": (5, 1)}  # (row, column) of the patch
+    figure, axes = plt.subplots(1, 4, figsize=(9, 2.8), width_ratios=(1.6, 1, 1, 1))
+    axes[0].imshow(to_grid(image)[1:-1, 1:-1] if image.shape[0] > 1 else to_grid(image))
+    for k in range(0, config.image_size + 1, p):
+        axes[0].axhline(k - 0.5, color="w", linewidth=0.3)
+        axes[0].axvline(k - 0.5, color="w", linewidth=0.3)
+    for axis, (colour, (row, column)) in zip(axes[1:], chosen.items(), strict=True):
+        corner = (column * p - p / 2 - 0.5, row * p - p / 2 - 0.5)
+        axes[0].add_patch(plt.Rectangle(corner, 2 * p, 2 * p, fill=False, edgecolor=colour, linewidth=2))
+        axis.imshow(to_grid(patches[row * config.grid + column][None]))
+        axis.set_title(f"patch ({row}, {column})", color=colour, fontsize=10)
+    for axis in axes:
+        axis.axis("off")
+    figure.tight_layout()
+    plt.show()
+
+
+# %%
+@check
+def test_overlapping_patches():
+    """Overlapping patches: 2P × 2P at stride P, every pixel of the interior in four patches"""
+    embedding = OverlappingPatchEmbedding(patch_size=4, dim=8)
+    image = torch.randn(1, 3, 16, 16)
+    patch = embedding.cut(image)[0, 5].reshape(3, 8, 8)  # row 1, column 1
+    torch.testing.assert_close(patch, image[0, :, 2:10, 2:10])
+    ones = torch.ones(1, 3, 16, 16, requires_grad=True)
+    (seen,) = torch.autograd.grad(embedding.cut(ones).sum(), ones)  # in how many patches each pixel is
+    assert (seen[:, :, 2:-2, 2:-2] == 4).all() and seen[0, 0, 0, 0] == 1
+    assert embedding(image).shape == (1, 16, 8)
+
+
+# %% [markdown]
+# <a name="l2"></a>
+# ## 15. L2 attention: a discriminator that cannot be arbitrarily steep
+#
+# A discriminator whose output can change without bound for a small change of the image gives the generator useless
+# gradients. One wants it Lipschitz: $|D(x) - D(x')| \le K\,\|x - x'\|$. Linear layers can be kept so (next section).
+# Dot-product attention cannot: the logits are products of two tokens, and making tokens larger makes it steeper without
+# limit (Kim et al. 2021). The remedy is to compare tokens by **distance**, with **query and key from one
+# matrix** $W_q = W_k$:
+#
+# $$A_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{\sqrt d}\right), \qquad q = h\,W_q$$
+#
+# Mind the minus: near tokens attend to each other. Published ports take the softmax of *plus* the distance, so that a
+# token looks at whatever is least like it, or forget to tie the two matrices, which undoes the Lipschitz bound.
+#
+# The distances need not be formed. Expanding the square, the term that depends on $i$ alone is the same along the row,
+# and the softmax ignores it:
+#
+# $$-\|q_i - q_j\|^2 = 2\,q_i \cdot q_j - \|q_j\|^2 \underbrace{{} - \|q_i\|^2}_{\text{drops out}}$$
+#
+# A dot product with one number added per key: the library's attention takes that as a mask.
+
+
+# %%
+class L2Attention(nn.Module):
+    """Self-attention by distance, query and key tied (Lee et al. 2022, "Enforcing Lipschitzness"; Kim et al. 2021).
+
+    (B, N, dim) -> (B, N, dim).
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qk = EqualizedLinear(dim, dim, bias=False)  # a bias would cancel in the distance
+        self.value = EqualizedLinear(dim, dim)
+        self.out = EqualizedLinear(dim, dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, v = split_heads(self.qk(h), self.heads), split_heads(self.value(h), self.heads)  # (B, heads, N, d) each
+        scale = 1 / math.sqrt(q.shape[-1])
+        mask = -scale * q.square().sum(-1)[:, :, None]  # (B, heads, 1, N)
+        mask = mask.expand(-1, -1, q.shape[2], -1)  # (B, heads, N, N), without a copy
+        a = F.scaled_dot_product_attention(2 * q, q, v, attn_mask=mask, scale=scale)  # (B, heads, N, d)
+        return self.out(merge_heads(a))  # (B, N, D)
+
+    def weights(self, h: Tensor) -> Tensor:
+        """The attention itself as the formula says it, for looking at: (B, heads, N, N), rows sum to 1."""
+        q = split_heads(self.qk(h), self.heads)
+        return (-torch.cdist(q, q).square() / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+# %% [markdown]
+# What one patch of a real image attends to, before any training: the patch marked in red, and its attention in the L2
+# and in the dot-product form. L2 looks at patches that *look alike*, itself first; the dot product, which is not tied,
+# at whatever a random matrix points to.
+
+
+# %%
+@demo
+def attention_of_one_patch():
+    image = to_float(train_images[4:5])
+    embedding = OverlappingPatchEmbedding(config.patch_size, 96)
+    h = F.layer_norm(embedding(image), (96,))
+    row, column = config.grid // 2, config.grid // 3
+    figure, axes = plt.subplots(1, 3, figsize=(8.5, 2.8))
+    axes[0].imshow(to_grid(image))
+    corner = (column * config.patch_size - 0.5, row * config.patch_size - 0.5)
+    axes[0].add_patch(plt.Rectangle(corner, *[config.patch_size] * 2, fill=False, edgecolor="tab:red", linewidth=2))
+    axes[0].set_title("the patch that looks", fontsize=10)
+    for axis, form in zip(axes[1:], (L2Attention, SelfAttention), strict=True):
+        weights = form(96, heads=1).weights(h)[0, 0, row * config.grid + column].detach()
+        picture = axis.imshow(weights.reshape(config.grid, config.grid), cmap="viridis", vmin=0)
+        axis.plot(column, row, "s", color="tab:red", fillstyle="none", markersize=14)
+        axis.set_title(form.__name__, fontsize=10)
+        figure.colorbar(picture, ax=axis)
+    for axis in axes:
+        axis.axis("off")
+    plt.show()
+
+
+# %%
+@check
+def test_l2_attention_is_its_formula():
+    """L2 attention: equals the softmax of minus the pairwise distance, values and gradients; near tokens win"""
+    attention = L2Attention(24, heads=4).double()
+    h = torch.randn(2, 7, 24, dtype=torch.double, requires_grad=True)
+    q = attention.qk(h).unflatten(2, (4, 6)).movedim(2, 1)  # (B, heads, N, d)
+    v = attention.value(h).unflatten(2, (4, 6)).movedim(2, 1)
+    distance = (q[:, :, :, None] - q[:, :, None]).square().sum(-1)  # (B, heads, N, N), every pair
+    weights = torch.exp(-distance / math.sqrt(6))
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = attention.out((weights @ v).movedim(1, 2).flatten(2))
+    torch.testing.assert_close(attention(h), expected)
+    torch.testing.assert_close(attention.weights(h), weights)
+    seed, inputs = torch.randn_like(expected), [h, *attention.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(attention(h), inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert (attention.weights(h).argmax(-1) == torch.arange(7)).all()  # nobody is nearer to a token than itself
+
+
+@check
+def test_l2_attention_stays_bounded_where_dot_product_explodes():
+    """L2 attention: making tokens larger makes the dot product steeper without limit, the distance not"""
+
+    def steepness(attention: nn.Module, size: float) -> Tensor:
+        h = size * torch.randn(1, 5, 8, dtype=torch.double)
+        h[0, 0] = 0  # the worst case of Kim et al. 2021: one token at the origin, attending to all alike
+        jacobian = torch.autograd.functional.jacobian(attention.double(), h)
+        return torch.linalg.matrix_norm(jacobian.reshape(40, 40), ord=2)
+
+    for form, bounded in ((L2Attention, True), (SelfAttention, False)):
+        growth = []
+        for seed in range(5):
+            torch.manual_seed(seed)
+            attention = form(8, heads=1)
+            growth.append(steepness(attention, 100.0) / steepness(attention, 1.0))
+        assert (max(growth) < 10) == bounded, f"{form.__name__} grew {max(growth):.0f}-fold"
+
+
+# %% [markdown]
+# <a name="isn"></a>
+# ## 16. Improved spectral normalisation
+#
+# The steepest direction of a linear layer is its largest singular value $\sigma(W)$. Spectral normalisation (Miyato et
+# al. 2018) divides by it, so that no layer is steeper than 1. For a Transformer that is too strict: every layer
+# starts out with $\sigma$ around 2, and dividing it away shrinks the signal at each of a dozen layers until nothing
+# reaches the head. ViTGAN gives back the steepness that the layer had at the start:
+#
+# $$\bar W = \sigma(W_\text{init}) \cdot \frac{W}{\sigma(W)}$$
+#
+# At the start this changes nothing, $\bar W = W$; afterwards no training can make the layer steeper.
+#
+# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each training step does
+# $v \leftarrow W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little per
+# step, so one iteration keeps up, *if it starts from the exact vectors*. One step from a random vector, as in
+# published ports, underestimates $\sigma(W_\text{init})$ and starts the layer at the wrong scale. $u, v$ and
+# $\sigma(W_\text{init})$ are buffers, so that a checkpoint holds them.
+
+
+# %%
+class ImprovedSpectralNorm(nn.Module):
+    """A weight's parametrization W -> σ(W_init) · W / σ(W) (Lee et al. 2022, "Improved Spectral Normalization").
+
+    For `weight` of shape (out, in). The first σ, u and v are exact; in training mode each call does one power step.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        u, sigma, vh = torch.linalg.svd(weight.detach(), full_matrices=False)
+        self.register_buffer("u", u[:, 0].clone())  # (out,)
+        self.register_buffer("v", vh[0].clone())  # (in,)
+        self.register_buffer("sigma_init", sigma[0].clone())
+
+    @torch.no_grad()
+    def power_step(self, weight: Tensor):
+        self.v.copy_(F.normalize(weight.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(weight @ self.v, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # float32, whatever the layers compute in
+            if self.training:
+                self.power_step(weight)
+            sigma = self.u.clone() @ (weight @ self.v.clone())
+            return self.sigma_init / sigma * weight  # (out, in)
+
+
+def improved_spectral_norm(module: nn.Module) -> nn.Module:
+    """Put `ImprovedSpectralNorm` on the weight of every `EqualizedLinear` in `module`; returns `module`.
+
+    The parameters stay the ones they were, so an optimizer made before goes on owning them.
+    """
+    for layer in module.modules():
+        if isinstance(layer, EqualizedLinear):
+            parametrize.register_parametrization(layer, "weight", ImprovedSpectralNorm(layer.weight))
+    return module
+
+
+# %% [markdown]
+# The singular values of a layer at the start, and after a hundred steps of a task that wants it steep. On the left the
+# plain layer, which follows; on the right the normalised one: its largest singular value stays where it was.
+
+
+# %%
+@demo
+def spectrum_before_and_after_training():
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
+    for axis, normalise in zip(axes, (False, True), strict=True):
+        torch.manual_seed(0)
+        layer = EqualizedLinear(64, 64)
+        if normalise:
+            improved_spectral_norm(layer)
+        layer.weight_gain_spectrum = lambda layer=layer: torch.linalg.svdvals(layer.weight.detach() * layer.weight_gain)
+        axis.plot(layer.weight_gain_spectrum(), label="at the start")
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.02, betas=(0.0, 0.99))
+        direction = torch.randn(64)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (-(layer(torch.randn(256, 64)) @ direction).square().mean()).backward()
+            optimizer.step()
+        axis.plot(layer.eval().weight_gain_spectrum(), label="after 100 steps that want it steep")
+        axis.set(title="improved spectral norm" if normalise else "plain", xlabel="singular value, in order")
+        axis.legend()
+    axes[0].set_ylabel("size")
+    plt.show()
+
+
+# %%
+@check
+def test_improved_spectral_norm_starts_exact():
+    """Spectral norm: at the start exactly the layer itself, and one power step per training call only"""
+    layer = EqualizedLinear(48, 32)
+    before = layer.weight.detach().clone()
+    improved_spectral_norm(layer)
+    isn = layer.parametrizations.weight[0]
+    torch.testing.assert_close(isn.sigma_init, torch.linalg.matrix_norm(before, ord=2))
+    torch.testing.assert_close(layer.weight, before)
+    layer.eval()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(torch.randn(32, 48))
+    u = isn.u.clone()
+    assert torch.equal(layer.weight, layer.weight) and torch.equal(isn.u, u)
+    layer.train()
+    assert layer.weight is not None and not torch.equal(isn.u, u)
+
+
+@check
+def test_improved_spectral_norm_holds_while_the_optimizer_works():
+    """Spectral norm: the optimizer still owns the weights, σ stays put while they move, checkpoints hold it"""
+    growth = {}
+    for normalise in (False, True):
+        layer = EqualizedLinear(32, 32)
+        owned = {id(p) for p in layer.parameters()}
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.02, betas=(0.0, 0.99))
+        if normalise:
+            improved_spectral_norm(layer)
+        assert {id(p) for p in layer.parameters()} == owned
+        start = layer.weight.detach().clone()
+        for _ in range(200):
+            optimizer.zero_grad()
+            (-layer(torch.ones(1, 32)).sum()).backward()  # wants the layer ever steeper
+            optimizer.step()
+        layer.eval()
+        assert (layer.weight - start).norm() > 0.3 * start.norm()  # it did learn
+        growth[normalise] = (
+            torch.linalg.matrix_norm(layer.weight, ord=2) / torch.linalg.matrix_norm(start, ord=2)
+        ).item()
+    assert growth[False] > 2 and abs(growth[True] - 1) < 0.02, growth
+    copy = improved_spectral_norm(EqualizedLinear(32, 32))
+    copy.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(copy.eval().weight, layer.weight)
+
+
+# %% [markdown]
+# <a name="discriminator"></a>
+# ## 17. Discriminator
+#
+# A Vision Transformer: overlapping patches and a class token, position embedding, pre-norm blocks with L2 attention, and
+# a linear layer that reads one number off the class token. Improved spectral normalisation on every linear layer.
+#
+# That number is a **logit** and must be free to take any value. A published ViTGAN has a GELU after its last layer. GELU
+# never goes below −0.17, so the discriminator cannot say *"this is fake"*; its loss hovers at
+# $\log 2 = 0.693$, the loss of a coin, for ever. If you came here because of that number, this was why.
+
+
+# %%
+class DiscriminatorBlock(nn.Module):
+    """Pre-norm Transformer block with L2 attention (Dosovitskiy et al. 2021, Section 3.1). (B, N, dim) -> same."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(dim), L2Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), FeedForward(dim, mlp_ratio)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.attention(self.norm1(h))  # (B, N, D)
+        return h + self.mlp(self.norm2(h))  # (B, N, D)
+
+
+class Discriminator(nn.Module):
+    """The ViT discriminator of ViTGAN (Lee et al. 2022, "Regularizing ViT-based discriminator"), sized by a `Config`."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        dim, tokens = config.dim, config.grid**2 + 1
+        self.patches = OverlappingPatchEmbedding(config.patch_size, dim)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position = nn.Parameter(0.02 * torch.randn(tokens, dim))
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(dim, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = EqualizedLinear(dim, 1)
+        improved_spectral_norm(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated"."""
+        h = self.patches(images)  # (B, N, D)
+        h = torch.cat([self.class_token.expand(len(h), -1, -1), h], dim=1)  # (B, 1 + N, D)
+        h = h + self.position  # (B, 1 + N, D)
+        for block in self.blocks:
+            h = block(h)  # (B, 1 + N, D)
+        return self.head(self.norm(h[:, 0]))[:, 0]  # (B,)
+
+
+# %%
+@check
+def test_discriminator():
+    """Discriminator: a free logit per image, every linear layer normalised, every weight has a part in it"""
+    discriminator, images = Discriminator(TINY), torch.rand(3, 3, 16, 16) * 2 - 1
+    logits = discriminator(images)
+    assert logits.shape == (3,) and logits.unique().numel() == 3
+    logits.square().sum().backward()
+    for name, parameter in discriminator.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"{name} gets no gradient"
+    linear = [m for m in discriminator.modules() if isinstance(m, EqualizedLinear)]
+    assert all(parametrize.is_parametrized(m, "weight") for m in linear)
+    discriminator.eval()
+    torch.testing.assert_close(discriminator(images)[1:2], discriminator(images[1:2]))
+    before = discriminator(images)
+    with torch.no_grad():
+        discriminator.head.bias -= 5
+    torch.testing.assert_close(discriminator(images), before - 5)  # no activation after the head
+
+
+# %% [markdown]
+# <a name="losses"></a>
+# ## 18. Losses
+#
+# **Non-saturating logistic loss** (Goodfellow et al. 2014). The discriminator is a classifier with two classes; the
+# generator wants its images called real. With logits $D(\cdot)$ and $\mathrm{softplus}(t) = \log(1 + e^t)$:
+#
+# $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z))), \qquad
+#   L_G = \mathbb E\,\mathrm{softplus}(-D(G(z)))$$
+#
+# The generator could as well minimise $-\mathrm{softplus}(D(G(z)))$, the exact opposite. But when the discriminator is
+# sure that an image is fake, that loss is flat and the generator learns nothing just when it has most to learn.
+# *Non-saturating* means the form above, whose gradient is largest there. Look at the slopes at the left.
+
+
+# %%
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Logistic loss of the discriminator, logits (B,) each -> scalar; 2 log 2 = 1.386 when it guesses."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Non-saturating logistic loss of the generator (Goodfellow et al. 2014, Section 3), logits (B,) -> scalar."""
+    return F.softplus(-fake_logits).mean()
+
+
+@demo
+def what_the_generator_is_told():
+    logit = torch.linspace(-6, 6, 100)
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    axis.plot(logit, F.softplus(-logit), label="non-saturating: softplus(−D)")
+    axis.plot(logit, -F.softplus(logit), "--", label="saturating: −softplus(D)")
+    axis.set(xlabel="D(G(z)):  surely fake  ←  0  →  surely real", ylabel="the generator's loss")
+    axis.legend()
+    figure.tight_layout()
+    plt.show()
+
+
+# %% [markdown]
+# **Balanced consistency regularisation**, bCR (Zhao et al. 2021). An image and its augmented copy show the same thing,
+# so the discriminator should give them the same logit. It is *balanced* because it is asked of real and of generated
+# images alike:
+#
+# $$L_\text{bCR} = \lambda_\text{real}\,\mathbb E\bigl(D(x) - D(T(x))\bigr)^2 + \lambda_\text{fake}\,\mathbb E\bigl(D(G(z)) - D(T(G(z)))\bigr)^2$$
+#
+# A discriminator in a hurry to learn the training images by heart has to do so for all their transformations. The
+# price: with a heavy weight it learns slowly, because calling everything 0 is perfectly consistent.
+#
+# The formula hides a trap. Subtract logits of shape (B,) from logits of shape (B, 1) and PyTorch quietly forms all B × B
+# differences: every image is asked to score like *every other*, and the discriminator goes flat. So shapes are
+# compared first.
+
+
+# %%
+def balanced_consistency(logits: Tensor, augmented_logits: Tensor, weight: float) -> Tensor:
+    """Squared difference of an image's logit and its augmented copy's (Zhao et al. 2021, Equations 3 and 4).
+
+    Logits (B,) each -> scalar. Raises `ValueError` for differing shapes, which would broadcast.
+    """
+    if logits.shape != augmented_logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and augmented logits {tuple(augmented_logits.shape)} differ")
+    return weight * (logits - augmented_logits).square().mean()
+
+
+@check
+def test_losses():
+    """Losses: log 2 when guessing, the right signs, largest gradient for the generator when it is caught"""
+    zero = torch.zeros(4)
+    torch.testing.assert_close(discriminator_loss(zero, zero).item(), 2 * math.log(2))
+    torch.testing.assert_close(generator_loss(zero).item(), math.log(2))
+    assert discriminator_loss(zero + 3, zero - 3) < 0.1 < 6 < discriminator_loss(zero - 3, zero + 3)
+    logit = torch.tensor([-4.0, 4.0], requires_grad=True)
+    gradient = torch.autograd.grad(generator_loss(logit) * 2, logit)[0]
+    assert gradient[0] < -0.95 and -0.05 < gradient[1] < 0
+
+
+@check
+def test_balanced_consistency():
+    """bCR: compares each image with itself only, and refuses shapes that would broadcast"""
+    logits = torch.tensor([1.0, -2.0, 3.0])
+    assert balanced_consistency(logits, logits, weight=10.0) == 0
+    torch.testing.assert_close(balanced_consistency(logits, logits + torch.tensor([0.0, 0.3, 0.0]), 10.0).item(), 0.3)
+    with contextlib.suppress(ValueError):
+        balanced_consistency(logits, logits[:, None], 10.0)
+        raise AssertionError("(B,) against (B, 1) must be refused")
+
+
+# %% [markdown]
+# <a name="average"></a>
+# ## 19. Moving average of the generator
+#
+# The generator never arrives: it circles around a good place, chased by the discriminator. The average of where it has
+# been is better than any of the places. So next to the generator we keep an exponential moving average of its weights,
+# and only the average paints the pictures that anybody sees. After $n$ images, with half-life $h$ and batch size $B$:
+#
+# $$\bar\theta \leftarrow \theta + 2^{-B/h_n}\,(\bar\theta - \theta), \qquad h_n = \min(h,\; 0.05\,n)$$
+#
+# The second formula is a warm-up: early on, when the generator improves fast, the average must not drag the past along
+# (Karras et al. 2020a). A published port built its average from a `parameters()` iterator that had been used up: it
+# averaged nothing, silently. `torch.optim.swa_utils.AveragedModel` is one less thing to get wrong.
+
+
+# %%
+def moving_average(generator: nn.Module) -> nn.Module:
+    """A frozen copy of `generator`, to be moved along by `update_average`; `.module` is the averaged generator."""
+    average = torch.optim.swa_utils.AveragedModel(generator, use_buffers=True)
+    return average.eval().requires_grad_(False)
+
+
+def update_average(average: nn.Module, generator: nn.Module, half_life: float, batch_size: int, images: int):
+    """Move the average towards `generator` after a step of `batch_size`; `images` seen so far limit the half-life."""
+    decay = 0.5 ** (batch_size / min(half_life, 0.05 * images))
+    average.multi_avg_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    average.update_parameters(generator)
+
+
+@check
+def test_moving_average():
+    """Moving average: follows its formula for every weight and buffer, and half of the past fades per half-life"""
+    model = MappingNetwork(4, 4, depth=2)
+    average = moving_average(model)
+    expected = None
+    for step in range(1, 60):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.copy_(torch.randn_like(tensor))
+        update_average(average, model, half_life=100, batch_size=8, images=8 * step)
+        decay = 2 ** (-8 / min(100, 0.05 * 8 * step))
+        state = model.state_dict()
+        expected = expected or {name: tensor.clone() for name, tensor in state.items()}
+        expected = {name: state[name] + decay * (expected[name] - state[name]) for name in state}
+    torch.testing.assert_close(dict(average.module.state_dict()), expected)
+    assert all((average.module.state_dict()[name] - state[name]).abs().max() > 0.01 for name in state)
+
+
+# %% [markdown]
+# <a name="training"></a>
+# ## 20. Training: the step, the loop, the checkpoints
+#
+# **One step** shows $B$ real images and paints $B$, twice:
+#
+# 1. *Discriminator.* Paint $B$ images without recording gradients: they are not the generator's business now. Put real
+#    and painted images, plain and augmented, through the discriminator in **one pass of $4B$**, so that the normalised
+#    weights are computed once. The adversarial loss takes the augmented logits, bCR pairs them with the plain ones.
+# 2. *Generator.* Paint $B$ new images, augment them, and ask the discriminator, whose own weights are frozen and whose
+#    power iteration rests (`eval`), how real they look.
+#
+# Then the average takes a step. Nothing in here waits for the GPU: the statistics add up in a tensor on the device.
+
+
+# %%
+STATISTICS = ("loss_d", "consistency", "loss_g", "real", "fake")
+
+
+class Training:
+    """All that a run is: the images, both networks, the average, both optimizers, the step and the history.
+
+    Everything random in it follows from `config.seed`: on one CPU, two runs are equal bit for bit. Under torchrun each
+    process holds a shard of every batch, and gradients are averaged over the processes.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.device = config, best_device()
+        self.dtype = number_format(config.precision, self.device)
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if config.batch_size % self.world:
+            raise BadInput(f"batch_size is {config.batch_size}, but must be a multiple of the {self.world} processes.")
+        train_images, held_out = load_images(config)
+        self.images, self.held_out = train_images.to(self.device), held_out.to(self.device)
+
+        torch.manual_seed(config.seed)
+        self.generator = Generator(config).to(self.device)
+        self.discriminator = Discriminator(config).to(self.device)
+        self.average = moving_average(self.generator)
+        if config.compile:
+            self.generator.compile()
+            self.discriminator.compile()
+        self.g, self.d = self.generator, self.discriminator  # what the step calls
+        if self.world > 1:
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.g, self.d = (nn.parallel.DistributedDataParallel(network) for network in (self.g, self.d))
+        self.optimizer_g, self.optimizer_d = (
+            torch.optim.Adam(n.parameters(), lr=config.learning_rate, betas=config.betas)
+            for n in (self.generator, self.discriminator)
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.sums = torch.zeros(len(STATISTICS) + 1, device=self.device)  # statistics and how many steps they are of
+        self.fixed_z = torch.randn(64, config.latent_dim)  # the samples shown all along
+        torch.manual_seed(config.seed + 7919 * self.rank)  # from here on, each process its own randomness
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def latents(self, n: int) -> Tensor:
+        return torch.randn(n, self.config.latent_dim, device=self.device)
+
+    def discriminator_step(self) -> tuple[Tensor, ...]:
+        """One step of the discriminator. Returns loss, consistency and mean logits of real and fake images."""
+        config = self.config
+        indices = batch_indices(len(self.images), config.batch_size, self.step, config.seed)[self.rank :: self.world]
+        real = real_batch(self.images, indices)  # (B, 3, H, W)
+        with torch.no_grad(), self.autocast():
+            fake = self.generator(self.latents(len(real))).float()  # (B, 3, H, W)
+        plain = torch.cat([real, fake])  # (2B, 3, H, W)
+        augmented = diff_augment(plain, config.augment)  # (2B, 3, H, W)
+        with self.autocast():
+            logits = self.d(torch.cat([plain, augmented])).float()  # (4B,)
+        real_plain, fake_plain, real_augmented, fake_augmented = logits.chunk(4)  # (B,) each
+        loss = discriminator_loss(real_augmented, fake_augmented)
+        consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)
+        consistency = consistency + balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)
+        self.optimizer_d.zero_grad()
+        self.scaler.scale(loss + consistency).backward()
+        self.scaler.step(self.optimizer_d)
+        return loss.detach(), consistency.detach(), real_augmented.detach().mean(), fake_augmented.detach().mean()
+
+    def generator_step(self) -> Tensor:
+        """One step of the generator and of its average. Returns the loss."""
+        config = self.config
+        self.discriminator.eval().requires_grad_(False)
+        with self.autocast():
+            fake = self.g(self.latents(config.batch_size // self.world))  # (B, 3, H, W)
+            logits = self.discriminator(diff_augment(fake.float(), config.augment)).float()  # (B,)
+        loss = generator_loss(logits)
+        self.optimizer_g.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer_g)
+        self.discriminator.train().requires_grad_(True)
+        images = (self.step + 1) * config.batch_size
+        update_average(self.average, self.generator, config.ema_half_life, config.batch_size, images)
+        return loss.detach()
+
+    def train_step(self):
+        """One step of both networks."""
+        loss_d, consistency, real, fake = self.discriminator_step()
+        loss_g = self.generator_step()
+        self.scaler.update()
+        self.step += 1
+        self.sums += torch.stack([loss_d, consistency, loss_g, real, fake, torch.ones_like(loss_g)])
+
+    @torch.no_grad()
+    def record(self) -> dict:
+        """Append to the history the means since the last record, and the logit of held-out images; returns it."""
+        rng = torch.random.get_rng_state()  # looking must not change what comes
+        with self.autocast():
+            self.discriminator.eval()
+            held_out = to_float(self.held_out[: self.config.batch_size])
+            held_out = self.discriminator(diff_augment(held_out, self.config.augment)).float().mean()
+            self.discriminator.train()
+        torch.random.set_rng_state(rng)
+        means = torch.cat([self.sums[:-1] / self.sums[-1], held_out[None]]).tolist()
+        self.sums.zero_()
+        entry = {"step": self.step, "images": self.step * self.config.batch_size, "seconds": round(self.seconds, 1)}
+        self.history.append(entry | dict(zip((*STATISTICS, "held_out"), means, strict=True)))
+        return self.history[-1]
+
+    @torch.no_grad()
+    def samples(self, n: int = 64) -> Tensor:
+        """What the average paints for the `n` fixed latents, (n, 3, H, W) uint8; the first step shows the generator."""
+        generator = self.average.module if self.step else self.generator.eval()
+        with self.autocast():
+            images = to_uint8(generator(self.fixed_z[:n].to(self.device)))
+        self.generator.train()
+        return images.cpu()
+
+    def state(self) -> dict:
+        """Everything that `restore` needs, as tensors and plain values."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        parts = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler")
+        return {"config": asdict(self.config), "step": self.step, "seconds": self.seconds, "history": self.history,
+                "sums": self.sums, "fixed_z": self.fixed_z, "rng": rng,
+                **{part: getattr(self, part).state_dict() for part in parts}}  # fmt: skip
+
+    def restore(self, state: dict):
+        """Go on from a `state`. Raises `BadInput` naming the fields in which its configuration differs."""
+        different = differing_fields(Config(**state["config"]), self.config)
+        if different:
+            raise BadInput(
+                f"the checkpoint is of another configuration: {different}; choose another out_dir or match it."
+            )
+        for part in ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler"):
+            getattr(self, part).load_state_dict(state[part])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], list(state["history"])
+        self.sums, self.fixed_z = state["sums"].to(self.device), state["fixed_z"]
+        if self.rank:
+            torch.manual_seed(self.config.seed + 7919 * self.rank + 104_729 * self.step)
+            return
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+# %% [markdown]
+# **Checkpoints.** Colab ends a session when it likes, so a run must be able to go on as if nothing had happened. That
+# takes more than weights: without the optimizers' state the first steps after a resume are wild, without the random
+# generators' the run is another run. A checkpoint is written beside its final name and renamed, so it is never half there;
+# the newest two are kept. `torch.load` unpickles, and a pickle can run any program: `weights_only=True` allows
+# tensors and plain values and nothing else.
+#
+# A run's folder is named after the configuration. Change the configuration, and a new folder starts.
+
+# %%
+FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "compile"}  # in a run that goes on
+
+
+def differing_fields(a: Config, b: Config) -> str:
+    """The fields in which two runs differ, as text; "" when one can go on from the other."""
+    names = [f.name for f in fields(Config) if f.name not in FREE_TO_CHANGE]
+    return ", ".join(f"{n} {getattr(a, n)} ≠ {getattr(b, n)}" for n in names if getattr(a, n) != getattr(b, n))
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a run: what it is, and a digest of all fields that make it another run."""
+    fixed = {name: value for name, value in sorted(asdict(config).items()) if name not in FREE_TO_CHANGE}
+    if config.dataset == "folder":
+        fixed["data_root"] = str(Path(config.data_root).expanduser().resolve())
+    digest = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:6]
+    return (
+        Path(config.out_dir).expanduser() / f"{config.dataset}{config.image_size}-d{config.dim}x{config.depth}-{digest}"
+    )
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """Write to the path that this gives; `path` then holds all of it, or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, newest first."""
+    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def save_checkpoint(run: Training, folder: Path) -> Path:
+    """Write all of `run` to `folder`/checkpoint-STEP.pt, keep the newest two, return the path."""
+    path = folder / f"checkpoint-{run.step:09d}.pt"
+    with written_whole(path) as partial:
+        torch.save(run.state(), partial)
+    for old in checkpoints(folder)[2:]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path | str) -> dict:
+    """The state in a checkpoint, on the CPU. Raises `BadInput` for a file that is missing, damaged or not one of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        Config(**state["config"])
+        return state
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist; name a checkpoint-….pt in a run's folder.") from None
+    except Exception as error:  # torch.load fails in as many ways as a file can be damaged
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"{path} is damaged or not a checkpoint of this program ({reason[:120]}).") from error
+
+
+def save_generator(generator: Generator, path: Path):
+    """Write the weights as safetensors, with the configuration in the metadata; `load_generator` reads it."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
+    with written_whole(path) as partial:
+        save_file(state, partial, metadata={"config": json.dumps(asdict(generator.config))})
+
+
+def load_generator(path: Path | str) -> Generator:
+    """A generator in eval mode from safetensors, a checkpoint or a run's folder. Raises `BadInput` if it is none."""
+    path = Path(path)
+    if path.is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise BadInput(f"{path} holds no checkpoint; name a run's folder, a checkpoint or a .safetensors file.")
+        path = found[0]
+    if path.suffix != ".safetensors":
+        state = load_checkpoint(path)
+        generator = Generator(Config(**state["config"]))
+        prefix = "module."
+        weights = {k.removeprefix(prefix): v for k, v in state["average"].items() if k.startswith(prefix)}
+        generator.load_state_dict(weights)
+        return generator.eval()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            generator = Generator(Config(**json.loads(file.metadata()["config"])))
+            generator.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist; name a .safetensors file, a checkpoint or a run's folder.") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path} holds no ViTGAN generator ({str(error).splitlines()[0][:120]}).") from error
+    return generator.eval()
+
+
+# %% [markdown]
+# **The loop** prints what it is about to do and how long that takes, then trains; every ten seconds it redraws one
+# figure. Interrupt the kernel whenever you like: what there is gets saved and returned, and running the cell again goes
+# on from there.
+
+
+# %%
+def draw_progress(figure, run: Training):
+    """Losses, logits and samples of a run, drawn into `figure`."""
+    figure.clear()
+    losses, logits, pictures = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
+    images = [entry["images"] for entry in run.history]
+    for axis, names in ((losses, ("loss_d", "loss_g", "consistency")), (logits, ("real", "held_out", "fake"))):
+        for name in names:
+            axis.plot(images, [entry[name] for entry in run.history], label=name, linewidth=1)
+        axis.set_xlabel("images seen")
+        axis.legend(fontsize=8)
+    losses.axhline(math.log(2), color="k", linewidth=0.5, linestyle=":")
+    losses.set_title("losses (dotted: log 2)", fontsize=10)
+    logits.set_title("mean logits", fontsize=10)
+    show_images(run.samples(36), "samples of the average", columns=6, axis=pictures)
+    figure.tight_layout()
+
+
+def save_picture(images: Tensor, path: Path, columns: int = 8):
+    from PIL import Image
+
+    with written_whole(path) as partial:
+        Image.fromarray(to_grid(images, columns)).save(partial, format="PNG")
+
+
+class Reporter:
+    """Tells how a run goes: a bar, one live figure in a notebook, and in `folder` a log and sample grids."""
+
+    def __init__(self, run: Training, folder: Path):
+        from tqdm.auto import tqdm
+
+        self.run, self.folder, self.drawn = run, folder, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.history))
+        self.by_time = bool(run.config.minutes and not run.config.steps)
+        total = round(60 * run.config.minutes) if self.by_time else run.config.steps or None
+        slow = {} if sys.stderr.isatty() or LIVE else {"mininterval": 10.0, "maxinterval": 30.0}
+        self.bar = tqdm(total=total, initial=self.position(), unit="s" if self.by_time else "step", **slow)
+        self.figure = self.handle = None
+        if LIVE:
+            from IPython.display import display
+
+            with plt.ioff():
+                self.figure = plt.figure(figsize=(11, 3.4))
+            draw_progress(self.figure, run)
+            self.handle = display(self.figure, display_id=True)
+
+    def position(self) -> int:
+        return round(self.run.seconds) if self.by_time else self.run.step
+
+    def step(self):
+        run = self.run
+        self.bar.update(self.position() - self.bar.n)
+        if run.step & (run.step - 1) == 0:  # 0, 1, 2, 4, 8, …: early on much changes
+            save_picture(run.samples(), self.folder / f"samples-{run.step:09d}.png")
+        if self.handle and time.monotonic() - self.drawn > 10:
+            draw_progress(self.figure, run)
+            self.handle.update(self.figure)
+            self.drawn = time.monotonic()
+
+    def record(self, entry: dict):
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        self.bar.set_postfix_str(f"logits real {entry['real']:+.2f} fake {entry['fake']:+.2f}", refresh=False)
+
+    def close(self):
+        self.bar.close()
+        save_picture(self.run.samples(), self.folder / "samples.png")
+        figure = self.figure or plt.figure(figsize=(11, 3.4))
+        draw_progress(figure, self.run)
+        figure.savefig(self.folder / "progress.png", dpi=110)
+        if self.handle:
+            self.handle.update(figure)
+        plt.close(figure)
+
+
+# %%
+RECORD_EVERY, CHECKPOINT_MINUTES = 20, 5  # steps, minutes
+
+
+def plan(run: Training) -> str:
+    """What a run is about to do, in two lines."""
+    config = run.config
+    millions = [sum(p.numel() for p in n.parameters()) / 1e6 for n in (run.generator, run.discriminator)]
+    limits = [f"{config.steps:,} steps"] * bool(config.steps) + [f"{config.minutes:g} minutes"] * bool(config.minutes)
+    return (
+        f"Plan: {config.dataset}, {len(run.images):,} images of {config.image_size} × {config.image_size}; generator "
+        f"{millions[0]:.1f} M and discriminator {millions[1]:.1f} M weights\n"
+        f"      {' or '.join(limits) or 'until stopped'}, batch {config.batch_size}, on {run.device} in "
+        f"{str(run.dtype).removeprefix('torch.')}; results in {run_folder(config)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def estimate(run: Training, step_seconds: float) -> str:
+    """How long the rest of a run takes, from the time of a step."""
+    pace = f"{run.config.batch_size / step_seconds:,.0f} images a second"
+    left = [(run.config.steps - run.step) * step_seconds] * bool(run.config.steps)
+    left += [60 * run.config.minutes - run.seconds] * bool(run.config.minutes)
+    return f"{pace}, about {duration(min(left))} to go" if left else f"{pace}, until stopped"
+
+
+def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
+    """Bring `run` to where it stopped: `resume` is a checkpoint, or True for the newest sound one. Returns one line."""
+    if not isinstance(resume, bool):
+        run.restore(load_checkpoint(resume))
+        return f"Resumed {resume} at step {run.step:,}."
+    if not resume:
+        if checkpoints(folder):
+            raise BadInput(f"{folder} already holds a run; resume it, delete it, or choose another out_dir.")
+        return ""
+    told = ""
+    for path in checkpoints(folder):
+        try:
+            run.restore(load_checkpoint(path))
+            return f"{told}Resumed at step {run.step:,} from {path}."
+        except BadInput as error:
+            told += f"Skipped: {error}\n"
+    return told.rstrip()
+
+
+def train(config: Config, resume: bool | str | Path = True) -> Training:
+    """Train until `config.steps` or `config.minutes` are reached, or an interrupt; returns the run.
+
+    `resume`: True goes on from the newest checkpoint of this configuration if there is one; a path from that
+    checkpoint; False refuses to touch a folder that holds a run. Leaves a log, sample grids and checkpoints in
+    `run_folder(config)`. Raises `BadInput` for input that the user must mend, before anything is written.
+    """
+    run, folder = Training(config), run_folder(config)
+    first = run.rank == 0
+    say = print if first else lambda *_: None
+    say(plan(run), flush=True)
+    told = resume_from(run, folder, resume)
+    if told:
+        say(told)
+
+    def finished() -> bool:
+        seconds = torch.tensor(run.seconds, device=run.device) if run.world > 1 and config.minutes else run.seconds
+        if isinstance(seconds, Tensor):
+            torch.distributed.broadcast(seconds, 0)  # all processes must stop at the same step
+        return bool(config.steps and run.step >= config.steps or config.minutes and seconds >= 60 * config.minutes)
+
+    if finished():
+        say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
+        return run
+    reporter = Reporter(run, folder) if first else None
+    saved, start, start_seconds = time.monotonic(), run.step, 0.0
+    before = saved
+    try:
+        while not finished():
+            run.train_step()
+            now = time.monotonic()
+            run.seconds, before = run.seconds + now - before, now
+            if run.step % RECORD_EVERY == 0:
+                entry = run.record()
+                if not all(math.isfinite(value) for value in entry.values()):
+                    raise FloatingPointError(f"The losses stopped being finite before step {run.step:,}.")
+                if first:
+                    reporter.record(entry)
+            if run.step == start + 1:
+                start_seconds = run.seconds  # the first step warms up
+            elif run.step == start + 4:
+                say(f"Estimate: {estimate(run, (run.seconds - start_seconds) / 3)}.", flush=True)
+            if first:
+                reporter.step()
+            if first and now - saved > 60 * CHECKPOINT_MINUTES:
+                save_checkpoint(run, folder)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        say(f"Interrupted at step {run.step:,}.")
+    if first:
+        save_checkpoint(run, folder)
+        save_generator(run.average.module, folder / "generator.safetensors")
+        reporter.close()
+        say(f"Step {run.step:,}, {run.step * config.batch_size:,} images, {duration(run.seconds)}; all in {folder}.")
+    return run
+
+
+# %% [markdown]
+# The checks of this section train a toy for a few steps. They ask what matters in practice: the discriminator's step
+# leaves the generator alone, a resumed run equals an unbroken one bit for bit, and a checkpoint of another
+# configuration, or a damaged one, is refused with a reason.
+
+
+# %%
+@check
+def test_each_step_trains_its_own_network():
+    """Step: the discriminator's step gives the generator no gradient and the other way round; both move"""
+    run = Training(TINY)
+    before = [{k: v.clone() for k, v in n.state_dict().items()} for n in (run.generator, run.discriminator)]
+    run.discriminator_step()
+    assert all(p.grad is None for p in run.generator.parameters())
+    gradients = [p.grad.clone() for p in run.discriminator.parameters()]
+    run.generator_step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(run.discriminator.parameters(), gradients, strict=True))
+    assert all(p.requires_grad for p in run.discriminator.parameters()) and run.discriminator.training
+    for network, old in zip((run.generator, run.discriminator), before, strict=True):
+        assert all(not torch.equal(p, old[name]) for name, p in network.named_parameters()), "a weight did not move"
+
+
+@check
+def test_resumed_run_equals_unbroken_run():
+    """Checkpoint: 3 + 3 steps equal 6 bit for bit, optimizers and random generators included"""
+    unbroken = Training(TINY)  # seeds the random generators itself
+    for _ in range(6):
+        unbroken.train_step()
+    broken = Training(TINY)
+    for _ in range(3):
+        broken.train_step()
+    with tempfile.TemporaryDirectory() as folder:
+        state = load_checkpoint(save_checkpoint(broken, Path(folder)))
+    resumed = Training(replace(TINY, steps=99))
+    resumed.restore(state)
+    for _ in range(3):
+        resumed.train_step()
+    for part in ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "sums", "step"):
+        torch.testing.assert_close(resumed.state()[part], unbroken.state()[part], rtol=0, atol=0)
+
+
+@check
+def test_seed_decides_everything():
+    """Seed: the same seed gives the same losses, another seed others"""
+
+    def losses(seed: int) -> list[float]:
+        run = Training(replace(TINY, seed=seed))
+        for _ in range(3):
+            run.train_step()
+        return run.sums.tolist()
+
+    assert losses(0) == losses(0) != losses(1)
+
+
+@check
+def test_wrong_checkpoints_are_refused():
+    """Checkpoint: another configuration, a damaged file and a program in a pickle are refused with a reason"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(Training(TINY), Path(folder))
+        other = Training(replace(TINY, dim=32, bcr_fake=2.0))
+        for attempt, reason in (
+            (lambda: other.restore(load_checkpoint(path)), "dim 24 ≠ 32, bcr_fake 1.0 ≠ 2.0"),
+            (lambda: load_checkpoint(path.with_name("missing.pt")), "does not exist"),
+            (lambda: [path.write_bytes(path.read_bytes()[:5000]), load_checkpoint(path)], "damaged"),
+            (lambda: [torch.save({"config": Path}, path), load_checkpoint(path)], "damaged or not"),
+        ):
+            try:
+                attempt()
+            except BadInput as error:
+                assert reason in str(error), error
+            else:
+                raise AssertionError(f"not refused: {reason}")
+
+
+# %% [markdown]
+# <a name="train"></a>
+# ## 21. Train
+#
+# What to look at while it runs:
+#
+# * **Losses.** They do not go down as in classification; they measure a balance. A discriminator that only guesses has
+#   a loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays a
+#   little below its line, so that there is something to learn from it.
+# * **Logits.** *real* above *fake*, the gap neither closing nor running away. *held out* are real images that it never
+#   trains on: when they drift from *real* to *fake*, the discriminator is learning the training images by heart.
+# * **Samples.** First the colours are right, then the layout, then things.
+
+# %% tags=["nbval-ignore-output"]
+if LIVE:
+    run = train(config)
+
+# %% [markdown]
+# The same latents at the start, halfway and at the end:
+
+
+# %%
+@demo
+def before_halfway_after():
+    steps = sorted(int(path.stem[-9:]) for path in run_folder(config).glob("samples-*.png"))
+    halfway = max((s for s in steps if s <= run.step / 2), default=0)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4))
+    names = {"before": f"samples-{0:09d}", f"halfway ({halfway:,} steps)": f"samples-{halfway:09d}", "after": "samples"}
+    for axis, (title, name) in zip(axes, names.items(), strict=True):
+        axis.imshow(plt.imread(run_folder(config) / f"{name}.png"))
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    figure.tight_layout()
+    plt.show()
+
+
+# %% [markdown]
+# <a name="measure"></a>
+# ## 22. Measure: how close are samples to real images?
+#
+# Looking is not measuring: one remembers the good samples. Four numbers are usual, all comparing *features* of samples
+# and of real images, not pixels:
+#
+# * **FID**: the distance between two Gaussians fitted to the features. Biased: it falls as the number of samples grows,
+#   so it means nothing without that number. The convention is 50,000.
+# * **KID**: a kernel distance, unbiased, so it can be had from few samples.
+# * **Precision / recall**: which share of samples lies among real images (are they good?), which share of real images lies
+#   among samples (is everything there?). A GAN that paints one perfect horse has precision 1 and recall 0.
+# * **Inception score**: are samples clearly of one class, and all classes there? Knows nothing of real images.
+#
+# We leave all of them to `torch-fidelity`, which computes them as the papers do, with an Inception network that it
+# downloads. The built-in drawings are nothing like what that network knows, and a computer may be off-line: `thumbnails`
+# is a stand-in that needs no download. Its features are the colours of 8 × 8 fields of the image. It sees layout and colour
+# and no detail; its KID can rank runs of this notebook and be compared with nothing else.
+
+
+# %%
+@torch.no_grad()
+def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
+    """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` gives the same images.
+
+    `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. Raises `BadInput`.
+    """
+    if not (type(n) is int and n >= 1):
+        raise BadInput(f"n is {n!r}, but must be a whole number, 1 or more.")
+    if not (isinstance(truncation, (int, float)) and 0 <= truncation <= 1):
+        raise BadInput(f"truncation is {truncation!r}, but must be a number from 0 to 1.")
+    device = next(generator.parameters()).device
+    dtype = number_format(generator.config.precision, device)
+    z = torch.randn(n, generator.config.latent_dim, generator=torch.Generator().manual_seed(seed))
+    training, images = generator.training, []
+    generator.eval()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        for part in z.split(100):
+            images.append(to_uint8(generator(part.to(device), truncation)).cpu())
+    generator.train(training)
+    return torch.cat(images)
+
+
+def thumbnails_extractor() -> str:
+    """Make the stand-in `thumbnails` known to torch-fidelity and return its name."""
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Thumbnails(FeatureExtractorBase):
+        """uint8 images (B, 3, H, W) -> the mean colours of 8 × 8 fields, (B, 192), from 0 to 1."""
+
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("thumbnail",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "thumbnail"
+
+        def forward(self, images):
+            return (F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1),)
+
+    torch_fidelity.register_feature_extractor("thumbnails", Thumbnails)
+    return "thumbnails"
+
+
+def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dict:
+    """FID, KID, IS, precision and recall of `samples` against `real` images, through torch-fidelity.
+
+    Both are uint8 (·, 3, H, W). `extractor` is "inception" (FID, KID and IS on Inception v3, precision and recall on
+    VGG16, as in the papers; downloaded once) or "thumbnails" (no download; no IS). Returns the numbers with the sample
+    counts. Raises `BadInput` when the networks cannot be fetched.
+    """
+    if extractor not in ("inception", "thumbnails"):
+        raise BadInput(f"extractor is {extractor!r}, but must be inception or thumbnails.")
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise BadInput("torch-fidelity is not installed; run pip install torch-fidelity.") from None
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images: Tensor):
+            self.images = images
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, i):
+            return self.images[i]
+
+    inception = extractor == "inception"
+    least = min(len(samples), len(real))
+    digest = hashlib.sha256(real.contiguous().numpy()).hexdigest()[:16]
+    try:
+        numbers = torch_fidelity.calculate_metrics(
+            input1=Images(samples), input2=Images(real), cuda=torch.cuda.is_available(), verbose=False,
+            fid=True, kid=True, prc=True, isc=inception, kid_subset_size=min(1000, least),
+            feature_extractor=None if inception else thumbnails_extractor(), save_cpu_ram=True,
+            input2_cache_name=f"vitgan-{digest}" if inception else None,
+        )  # fmt: skip
+    except OSError as error:
+        raise BadInput(
+            f"The Inception weights could not be fetched ({error}); connect to the network, or use extractor thumbnails."
+        ) from error
+    names = {
+        "fid": "frechet_inception_distance",
+        "kid": "kernel_inception_distance_mean",
+        "is": "inception_score_mean",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    found = {short: float(numbers[long]) for short, long in names.items() if long in numbers}
+    return {"extractor": extractor, "samples": len(samples), "real": len(real)} | found
+
+
+# %% [markdown]
+# Held-out real images give the best that can be had with 1,000; an untrained generator the worst. Where is ours?
+
+# %% tags=["nbval-ignore-output"]
+if LIVE:
+    untrained = sample(Generator(config), 1000)
+    for name, images in (
+        ("held-out real images", held_out_images[:1000]),
+        ("the trained generator", sample(run.average.module, 1000)),
+        ("an untrained generator", untrained),
+    ):
+        numbers = evaluate(images, train_images[:5000], "thumbnails")
+        print(f"{name:24s} KID {1000 * numbers['kid']:8.2f} × 10⁻³   N = {numbers['samples']:,}, thumbnails")
+
+
+# %%
+@check
+def test_evaluate_ranks_real_above_noise():
+    """Measure: real images score better than blurred ones, blurred ones better than noise; counts are told"""
+    real, held_out = draw_shapes(400, 32, seed=0), draw_shapes(200, 32, seed=1)
+    blurred = F.avg_pool2d(held_out.float(), 9, 1, 4).to(torch.uint8)
+    noise = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8)
+    scores = [evaluate(images, real, "thumbnails") for images in (held_out, blurred, noise)]
+    for metric in ("fid", "kid"):
+        assert scores[0][metric] < scores[1][metric] < scores[2][metric]
+    assert scores[2]["precision"] == 0 < 0.5 < scores[0]["precision"]
+    assert (scores[0]["samples"], scores[0]["real"]) == (200, 400)
+
+
+@check
+def test_samples_follow_the_seed():
+    """Sample: the seed decides, in any number; truncation 0 gives one image"""
+    generator = Generator(TINY)
+    images = sample(generator, 5, seed=1)
+    assert torch.equal(images, sample(generator, 5, seed=1))
+    assert not torch.equal(images, sample(generator, 5, seed=2))
+    assert images.dtype == torch.uint8 and images.shape == (5, 3, 16, 16)
+    flat = sample(generator, 3, truncation=0.0)
+    assert torch.equal(flat[0], flat[1]) and not torch.equal(images[0], images[1])
+
+
+# %% [markdown]
+# <a name="explore"></a>
+# ## 23. Explore
+#
+# **A latent walk.** Each row goes from one style to another in equal steps. A generator that has only learned some
+# images by heart jumps; one that has learned what images are like changes smoothly, and everything between is an image too.
+
+
+# %%
+@demo
+@torch.no_grad()
+def latent_walk():
+    generator, (ends, steps) = run.average.module, (6, 12)
+    w = generator.mapping(torch.randn(2 * ends, config.latent_dim, device=run.device))  # (2 · ends, D)
+    t = torch.linspace(0, 1, steps, device=run.device)[None, :, None]
+    w = (w[:ends, None] * (1 - t) + w[ends:, None] * t).flatten(0, 1)  # (ends · steps, D)
+    y = generator.tokens(w)
+    images = patches_to_image(generator.siren(y, generator.pixels), config.grid, config.patch_size)
+    show_images(images, "from one style to another", columns=steps)
+
+
+# %% [markdown]
+# **Truncation.** The same eight latents in each row; ψ grows downwards. At ψ = 0 all are the mean style, one image. What
+# does the mean look like, and which row would you print?
+
+
+# %%
+@demo
+@torch.no_grad()
+def truncation():
+    z = torch.randn(8, config.latent_dim, device=run.device)
+    rows = [run.average.module(z, truncation=psi) for psi in (0.0, 0.3, 0.6, 0.8, 1.0)]
+    show_images(torch.cat(rows), "ψ = 0, 0.3, 0.6, 0.8, 1 from top to bottom")
+
+
+# %% [markdown]
+# **Where the discriminator looks.** The class token gathers the verdict; bright is what it attends to in the last block,
+# averaged over the heads. It has never been told what a subject is.
+
+
+# %%
+@demo
+@torch.no_grad()
+def attention_of_the_class_token():
+    discriminator, images = run.discriminator.eval(), to_float(held_out_images[:8]).to(run.device)
+    h = discriminator.patches(images)
+    h = torch.cat([discriminator.class_token.expand(len(h), -1, -1), h], dim=1) + discriminator.position
+    for block in discriminator.blocks[:-1]:
+        h = block(h)
+    last = discriminator.blocks[-1]
+    weights = last.attention.weights(last.norm1(h))[:, :, 0, 1:].mean(1)  # (B, N), from the class token to the patches
+    discriminator.train()
+    _, axes = plt.subplots(2, 8, figsize=(10, 2.7))
+    for column, (image, weight) in enumerate(zip(images, weights, strict=True)):
+        axes[0, column].imshow(to_grid(image[None]))
+        axes[1, column].imshow(weight.reshape(config.grid, config.grid).cpu(), interpolation="bilinear")
+    for axis in axes.flat:
+        axis.axis("off")
+    plt.suptitle("held-out images, and the attention of the class token", fontsize=10)
+    plt.show()
+
+
+# %% [markdown]
+# **Above the training resolution.** A patch is a function of the position, so it can be painted at any: here 16 × 16
+# instead of 4 × 4 pixels a patch, four times finer than anything it was trained on. Middle: the same image enlarged by bicubic
+# interpolation. The SIREN draws its own smooth surfaces within a patch. Between patches nothing was ever asked of it, so
+# look for seams.
+
+
+# %%
+@demo
+@torch.no_grad()
+def above_the_training_resolution():
+    generator, factor = run.average.module, 4
+    y = generator.tokens(generator.mapping(torch.randn(6, config.latent_dim, device=run.device)))
+    p = config.patch_size
+    coarse = patches_to_image(generator.siren(y, generator.pixels), config.grid, p)
+    fine_pixels = patch_centres(factor * p).to(run.device)
+    fine = patches_to_image(generator.siren(y, fine_pixels), config.grid, factor * p)
+    bicubic = F.interpolate(coarse, scale_factor=factor, mode="bicubic")
+    nearest = F.interpolate(coarse, scale_factor=factor, mode="nearest")
+    _, axes = plt.subplots(3, 1, figsize=(9, 5))
+    names = ("as trained", f"bicubic, {factor}×", f"the SIREN asked at {factor}× the positions")
+    for axis, images, title in zip(axes, (nearest, bicubic, fine), names, strict=True):
+        show_images(images, title, columns=6, axis=axis)
+    plt.tight_layout()
+    plt.show()
+
+
+# %% [markdown]
+# **Turn the knobs yourself.** Needs a running kernel.
+
+# %% tags=["nbval-ignore-output"]
+if LIVE:
+    import ipywidgets
+
+    @ipywidgets.interact(seed=(0, 99), truncation=(0.0, 1.0, 0.1))
+    def sixteen_samples(seed=0, truncation=0.8):
+        show_images(sample(run.average.module, 16, seed=seed, truncation=truncation))
+
+# %% [markdown]
+# <a name="break"></a>
+# ## 24. Break it
+#
+# The surest way to understand a part is to take it away. Each line below switches one of the published mistakes on, in a
+# small model on small drawings, for 200 steps, and draws what you would see on your screen beside the sound run.
+
+# %%
+SMALL = replace(
+    PROFILES["smoke"], image_size=16, dim=48, heads=2, siren_dim=48, mapping_depth=4, batch_size=32, steps=200
+)
+
+
+def gelu_after_the_head(run: Training):
+    run.discriminator.head = nn.Sequential(run.discriminator.head, nn.GELU())
+
+
+def real_images_from_zero_to_one(run: Training):
+    run.images = (run.images.int() // 2 + 128).to(torch.uint8)
+
+
+def mlps_thrown_away(run: Training):
+    for block in run.generator.blocks:
+        block.mlp = nn.Sequential(block.mlp, Multiply(0.0))
+
+
+class Multiply(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+BREAKS = {
+    "sound": lambda run: None,
+    "a GELU after the head": gelu_after_the_head,
+    "real images in [0, 1]": real_images_from_zero_to_one,
+}
+
+# %% [markdown]
+# <a name="differences"></a>
+# ## 25. What differs, and why
+#
+# | part | paper | blog post | authors' PyTorch code | here | why |
+# |---|---|---|---|---|---|
+# | discriminator | ViT | ViT | StyleGAN2's | ViT | a working one was never published |
+#
+# <a name="gpus"></a>
+# ## 26. More than one GPU
+#
+# On a machine with several GPUs the same loop runs under DistributedDataParallel, each process with its share of every
+# batch:
+#
+# ```
+# torchrun --nproc-per-node=4 vitgan_nb.py train --profile paper
+# ```
+#
+# The processes start with the same weights (same seed) and then draw different noise. DistributedDataParallel averages
+# the gradients, and hands the buffers of process 0 (the vectors of the power iteration, the mean style) to
+# all, so the weights stay equal. Process 0 writes the log, the pictures and the checkpoints.
+#
+# <a name="references"></a>
+# ## 27. References
+
+# %% [markdown]
+# ## The command line
+#
+# Outside a notebook this file is a program: `python vitgan_nb.py train|sample|evaluate|benchmark --help`.
+
+
+# %%
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a wrong flag as `BadInput` does: in one sentence."""
+
+    def error(self, message: str):
+        raise BadInput(f"{message}; see python {Path(sys.argv[0]).name} --help.")
+
+
+def config_from_flags(flags: argparse.Namespace) -> Config:
+    """The profile, changed by the flags that were given."""
+    name = flags.profile
+    if name == "auto":
+        name = "lesson" if torch.cuda.is_available() else "smoke"
+    if name not in PROFILES:
+        raise BadInput(f"profile is {name!r}, but must be one of auto, {', '.join(PROFILES)}.")
+    given = {f.name: getattr(flags, f.name) for f in fields(Config) if getattr(flags, f.name, None) is not None}
+    if "minutes" in given and "steps" not in given:
+        given["steps"] = 0  # the profile's limit gives way to the user's
+    return replace(PROFILES[name], **given)
+
+
+def command_train(flags: argparse.Namespace):
+    config = config_from_flags(flags)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"profile {flags.profile}", flush=True)
+    train(config, resume=flags.resume_from or not flags.no_resume)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def command_sample(flags: argparse.Namespace):
+    generator, out = load_generator(flags.weights).to(best_device()), Path(flags.out)
+    images = sample(generator, flags.n, flags.seed, flags.truncation)
+    if out.suffix == ".npz":
+        with written_whole(out) as partial, open(partial, "wb") as file:
+            np.savez_compressed(file, images=images.permute(0, 2, 3, 1).numpy())
+    elif out.suffix == ".png":
+        save_picture(images, out, columns=math.ceil(math.sqrt(flags.n)))
+    elif out.suffix:
+        raise BadInput(f"out is {flags.out!r}, but must end in .npz or .png, or be a folder.")
+    else:
+        from PIL import Image
+
+        out.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}.png")
+    print(f"{flags.n:,} images in {out}")
+
+
+def command_evaluate(flags: argparse.Namespace):
+    generator = load_generator(flags.weights).to(best_device())
+    given = {"dataset": flags.dataset, "data_root": flags.data_root}
+    config = replace(generator.config, **{name: value for name, value in given.items() if value is not None})
+    numbers = evaluate(sample(generator, flags.n, flags.seed), load_images(config)[0], flags.extractor)
+    print(json.dumps(numbers))
+
+
+def command_benchmark(flags: argparse.Namespace):
+    run = Training(config_from_flags(flags))
+
+    def rate(function: Callable, images: int) -> float:
+        """Images a second, the best of three after a warm-up."""
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            function()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return images / min(times[1:])
+
+    result = {
+        "train_images_per_s": round(rate(run.train_step, run.config.batch_size), 1),
+        "sample_images_per_s": round(rate(lambda: sample(run.generator, 200), 200), 1),
+        "precision": str(run.dtype).removeprefix("torch."),
+        "device": str(run.device),
+    }
+    print(plan(run))
+    print(json.dumps(result))
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit status: 0, or 2 for bad input, told in one line on stderr."""
+    parser = OneLineParser(prog="vitgan_nb.py", description="ViTGAN: train, sample, evaluate. No arguments: train.")
+    commands = parser.add_subparsers(dest="command", parser_class=OneLineParser)
+
+    def command(name: str, run: Callable, meaning: str, with_config: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        sub.set_defaults(run=run)
+        if with_config:
+            sub.add_argument(
+                "--profile", default="auto", help="smoke, lesson or paper; auto takes what fits the machine"
+            )
+            for f in fields(Config):
+                flag, meaning = "--" + f.name.replace("_", "-"), f.metadata["help"]
+                if f.type in ("bool", bool):
+                    sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=meaning)
+                elif f.name == "betas":
+                    sub.add_argument(flag, type=float, nargs=2, help=meaning)
+                else:
+                    sub.add_argument(flag, type=type(f.default), help=meaning)
+        return sub
+
+    sub = command(
+        "train", command_train, "train a model, or go on with the run of this configuration", with_config=True
+    )
+    sub.add_argument("--resume-from", help="go on from this checkpoint")
+    sub.add_argument("--no-resume", action="store_true", help="refuse to go on with a run that is already there")
+    sub = command("sample", command_sample, "write images of a trained generator")
+    sub.add_argument("--weights", required=True, help="a .safetensors file, a checkpoint or a run's folder")
+    sub.add_argument("--n", type=int, default=64, help="how many images")
+    sub.add_argument("--out", default="samples.png", help="a grid (.png), an array (.npz) or a folder")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--truncation", type=float, default=1.0, help="0 (one typical image) to 1 (all variety)")
+    sub = command("evaluate", command_evaluate, "FID, KID, IS, precision and recall of a trained generator")
+    sub.add_argument("--weights", required=True, help="a .safetensors file, a checkpoint or a run's folder")
+    sub.add_argument("--n", type=int, default=50_000, help="how many samples")
+    sub.add_argument("--extractor", default="inception", help="inception, or thumbnails, which needs no download")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--dataset", help="compare with this data instead of what the generator was trained on")
+    sub.add_argument("--data-root", help="where that data is")
+    command("benchmark", command_benchmark, "images a second in training and sampling", with_config=True)
+    try:
+        flags = parser.parse_args(argv if argv and argv[0] in (*commands.choices, "-h", "--help") else ["train", *argv])
+        flags.run(flags)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__" and not LIVE:
+    plt.switch_backend("agg")
+    sys.exit(main(sys.argv[1:]))
