@@ -1,0 +1,34 @@
+"""Shared by the tests: a tiny run on the command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use("agg")
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "vitgan_nb.py"
+TINY = (
+    "--profile smoke --image-size 16 --dim 16 --depth 1 --heads 2 --latent-dim 8 --mapping-depth 2 --siren-dim 8 "
+    "--batch-size 4 --precision float32"
+).split()
+
+
+def run_script(*arguments, cwd, launcher=(sys.executable,), **environment):
+    """Run `vitgan_nb.py` in `cwd` as a user does; returns the finished process, output as text."""
+    return subprocess.run(
+        [*launcher, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A folder in which a tiny run of 24 steps has ended, and the process that made it."""
+    folder = tmp_path_factory.mktemp("run")
+    process = run_script("train", *TINY, "--steps", 24, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder, process

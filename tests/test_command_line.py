@@ -1,0 +1,111 @@
+"""The command line: what a run prints and leaves, going on, sampling, measuring, several processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import SCRIPT, TINY, run_script
+from PIL import Image
+from safetensors.torch import load_file
+
+import vitgan_nb
+
+
+def only(folder, pattern):
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def test_a_run_prints_its_plan_and_leaves_its_results(finished_run):
+    folder, process = finished_run
+    lines = process.stdout.splitlines()
+    assert lines[1].startswith("Plan: shapes, 10,000 images")
+    assert any(line.startswith("Estimate: ") for line in lines[2:5])
+    run = only(folder, "runs/*")
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert log[0]["step"] == 20 and set(log[0]) >= {"loss_d", "loss_g", "real", "fake", "held_out", "images"}
+    assert (run / "checkpoint-000000024.pt").exists() and (run / "progress.png").exists()
+    assert not list(run.glob(".*")), "a partial file was left"
+
+
+def test_samples_differ_from_each_other_and_from_the_first_step(finished_run):
+    run = only(finished_run[0], "runs/*")
+    first, last = (np.asarray(Image.open(run / name)) for name in ("samples-000000000.png", "samples.png"))
+    assert first.shape == last.shape and (first != last).mean() > 0.5
+    assert (last[1:17, 1:17] != last[1:17, 18:34]).mean() > 0.5  # the first two images of the grid
+
+
+def test_goes_on_and_equals_an_unbroken_run(finished_run, tmp_path):
+    for steps in (11, 24):
+        process = run_script("train", *TINY, "--steps", steps, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+    assert "Resumed at step 11" in process.stdout
+    whole, broken = (load_file(only(f, "runs/*") / "generator.safetensors") for f in (finished_run[0], tmp_path))
+    assert all((whole[name] == broken[name]).all() for name in whole)
+    again = run_script("train", *TINY, "--steps", 24, cwd=tmp_path)
+    assert "Nothing to do" in again.stdout
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    for steps in (2, 4):
+        assert run_script("train", *TINY, "--steps", steps, cwd=tmp_path).returncode == 0
+    newest = only(tmp_path, "runs/*/checkpoint-000000004.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    process = run_script("train", *TINY, "--steps", 5, cwd=tmp_path)
+    assert process.returncode == 0 and "Skipped: " in process.stdout and "Resumed at step 2 " in process.stdout
+
+
+def test_interrupt_saves_what_there_is(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", SCRIPT, "train", *TINY], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("Estimate"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Interrupted at step" in rest
+    assert only(tmp_path, "runs/*/checkpoint-*.pt") and only(tmp_path, "runs/*/generator.safetensors")
+
+
+def test_sample_and_evaluate(finished_run, tmp_path, capsys):
+    weights = str(only(finished_run[0], "runs/*/generator.safetensors"))
+    folder = str(weights).rsplit("/", 1)[0]
+    for source, out in ((weights, "a.npz"), (folder, "b.npz")):
+        assert vitgan_nb.main(["sample", "--weights", source, "--n", "7", "--out", str(tmp_path / out)]) == 0
+    a, b = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz"))
+    assert a.shape == (7, 16, 16, 3) and a.dtype == np.uint8 and (a == b).all()
+    assert vitgan_nb.main(["sample", "--weights", weights, "--n", "3", "--out", str(tmp_path / "folder")]) == 0
+    assert (np.asarray(Image.open(tmp_path / "folder" / "000002.png")) == a[2]).all()
+    assert vitgan_nb.main(["sample", "--weights", weights, "--n", "9", "--out", str(tmp_path / "grid.png")]) == 0
+    assert Image.open(tmp_path / "grid.png").size == (3 * 17 + 1, 3 * 17 + 1)
+    capsys.readouterr()
+    assert vitgan_nb.main(["evaluate", "--weights", weights, "--n", "100", "--extractor", "thumbnails"]) == 0
+    numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert numbers["samples"] == 100 and numbers["real"] == 10_000 and numbers["kid"] > 0
+
+
+def test_benchmark_ends_in_one_json_line(capsys):
+    assert vitgan_nb.main(["benchmark", *TINY]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["train_images_per_s"] > 0
+
+
+def test_two_processes_train_one_model(tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = run_script("train", *TINY, "--steps", 22, cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Plan:") == 1
+    assert only(tmp_path, "runs/*/checkpoint-000000022.pt")
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "benchmark"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vitgan_nb.main([command, "--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out

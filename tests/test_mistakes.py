@@ -1,0 +1,160 @@
+"""Put every published mistake back, one at a time, and see that the check beside the concept notices.
+
+Each row: what is wrong, the check that must fail, and the edits of `vitgan_nb.py` that make it wrong.
+"""
+
+import types
+
+import pytest
+from conftest import SCRIPT
+
+SOURCE = SCRIPT.read_text()
+BLOCK = """        h = h + self.attention(self.norm1(h, w))  # (B, N, D)
+        return h + self.mlp(self.norm2(h, w))  # (B, N, D)
+"""
+L2_PASS = "a = F.scaled_dot_product_attention(2 * q, q, v, attn_mask=mask, scale=scale)"
+
+MISTAKES = [
+    (
+        "the MLP's output is thrown away",
+        "test_generator_block_is_its_two_equations",
+        [(BLOCK, BLOCK.replace("return h + self.mlp(self.norm2(h, w))", "self.mlp(self.norm2(h, w))\n        return h"))],
+    ),
+    (
+        "one norm shared by both halves of a block",
+        "test_generator_block_is_its_two_equations",
+        [("self.norm2, self.mlp = SelfModulatedLayerNorm(dim, w_dim), F", "self.norm2, self.mlp = self.norm1, F")],
+    ),
+    (
+        "the residual is taken after the norm overwrote it",
+        "test_generator_block_is_its_two_equations",
+        [(BLOCK, "        h = self.norm1(h, w)\n        h = h + self.attention(h)\n"
+                 "        h = self.norm2(h, w)\n        return h + self.mlp(h)\n")],
+    ),
+    (
+        "softmax first, scaling after",
+        "test_attention_is_the_libraries_attention",
+        [("F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT).softmax(-1) / math.sqrt(q.shape[-1]) @ v")],
+    ),
+    (
+        "scaled by the full width instead of the head's",
+        "test_attention_is_the_libraries_attention",
+        [("F.scaled_dot_product_attention(q, k, v)",
+          "F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(h.shape[-1]))")],
+    ),
+    (
+        "softmax of plus the distance",
+        "test_l2_attention_is_its_formula",
+        [("mask = -scale *", "mask = scale *"), (L2_PASS, L2_PASS.replace("2 * q, q", "-2 * q, q"))],
+    ),
+    (
+        "query and key not tied",
+        "test_l2_attention_is_its_formula",
+        [("self.qk = EqualizedLinear(dim, dim, bias=False)",
+          "self.k = EqualizedLinear(dim, dim, bias=False)\n        self.qk = EqualizedLinear(dim, dim, bias=False)"),
+         (L2_PASS, L2_PASS.replace("2 * q, q, v", "2 * q, split_heads(self.k(h), self.heads), v"))],
+    ),
+    (
+        "a mean in one term and a sum in the other",
+        "test_l2_attention_is_its_formula",
+        [("mask = -scale * q.square().sum(-1)", "mask = -scale * q.square().mean(-1)")],
+    ),
+    (
+        "pixels and channels mixed on the way in",
+        "test_modulated_linear_is_one_matrix_per_patch",
+        [("y = self.linear(x * s)", "y = self.linear((x * s).transpose(2, 3).reshape((x * s).shape))")],
+    ),
+    (
+        "pixels and channels mixed on the way out",
+        "test_modulated_linear_is_one_matrix_per_patch",
+        [("return y + self.bias  # (B, N, M, out)", "return y.transpose(2, 3).reshape(y.shape) + self.bias")],
+    ),
+    (
+        "the first sigma from one power step off a random vector",
+        "test_improved_spectral_norm_starts_exact",
+        [('self.register_buffer("sigma_init", sigma[0].clone())',
+          'self.register_buffer("sigma_init", sigma[0].clone())\n'
+          "        self.u.copy_(F.normalize(torch.randn_like(self.u), dim=0))\n"
+          "        self.power_step(weight.detach())\n"
+          "        self.sigma_init.copy_(self.u @ weight.detach() @ self.v)")],
+    ),
+    (
+        "the vectors kept outside state_dict",
+        "test_improved_spectral_norm_holds_while_the_optimizer_works",
+        [('"u", u[:, 0].clone())', '"u", u[:, 0].clone(), persistent=False)'),
+         ('"v", vh[0].clone())', '"v", vh[0].clone(), persistent=False)'),
+         ('"sigma_init", sigma[0].clone())', '"sigma_init", sigma[0].clone(), persistent=False)')],
+    ),
+    (
+        "weights wrapped again as new parameters",
+        "test_improved_spectral_norm_holds_while_the_optimizer_works",
+        [("            parametrize.register_parametrization(layer",
+          "            layer.weight = nn.Parameter(layer.weight.detach().clone())\n"
+          "            parametrize.register_parametrization(layer")],
+    ),
+    (
+        "a GELU after the last layer",
+        "test_discriminator",
+        [("return self.head(self.norm(h[:, 0]))[:, 0]", "return F.gelu(self.head(self.norm(h[:, 0])))[:, 0]")],
+    ),
+    (
+        "(B,) against (B, 1) broadcasts",
+        "test_balanced_consistency",
+        [("    if logits.shape != augmented_logits.shape:", "    if False:")],
+    ),
+    (
+        "the fake batch not detached",
+        "test_each_step_trains_its_own_network",
+        [("        with torch.no_grad(), self.autocast():\n            fake = self.generator(",
+          "        with self.autocast():\n            fake = self.generator(")],
+    ),
+    (
+        "an average over an exhausted iterator",
+        "test_moving_average",
+        [("    average.update_parameters(generator)\n",
+          "    used_up = iter(generator.parameters())\n    list(used_up)\n"
+          "    for mean, now in zip(average.module.parameters(), used_up):\n        mean.lerp_(now, 1 - decay)\n")],
+    ),
+    (
+        "real images in [0, 1]",
+        "test_real_images_fill_minus_one_to_one",
+        [("return images.float() / 127.5 - 1", "return images.float() / 255")],
+    ),
+    (
+        "optimizer state not saved",
+        "test_resumed_run_equals_unbroken_run",
+        [('parts = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler")\n',
+          'parts = ("generator", "discriminator", "average", "scaler")\n'),
+         ('for part in ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler"):',
+          'for part in ("generator", "discriminator", "average", "scaler"):')],
+    ),
+    (
+        "no seed",
+        "test_seed_decides_everything",
+        [("        torch.manual_seed(config.seed)\n        self.generator", "        torch.seed()\n        self.generator"),
+         ("        torch.manual_seed(config.seed + 7919 * self.rank)  #", "        torch.seed()  #")],
+    ),
+    (
+        "real images always better than noise, by a metric that looks at one side only",
+        "test_evaluate_ranks_real_above_noise",
+        [("input1=Images(samples)", "input1=Images(real)")],
+    ),
+]  # fmt: skip
+
+
+def module_from(source: str) -> types.ModuleType:
+    module = types.ModuleType("mistaken")
+    exec(compile(source, "mistaken.py", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("name, check, edits", MISTAKES, ids=[name for name, _, _ in MISTAKES])
+def test_mistake_is_caught(name, check, edits):
+    source = SOURCE
+    for old, new in edits:
+        assert source.count(old) == 1, f"the edit no longer fits: {old}"
+        source = source.replace(old, new)
+    with pytest.raises((AssertionError, RuntimeError, KeyError)) as caught:
+        getattr(module_from(source), check)()
+    if not isinstance(caught.value, AssertionError):
+        assert "state_dict" in str(caught.value) or "optimizer" in str(caught.value), caught.value
