@@ -229,8 +229,8 @@ class Config:
 
 PROFILES = {
     "smoke": Config(
-        dataset="shapes", dim=96, depth=2, heads=3, latent_dim=64, mapping_depth=8, siren_dim=96,
-        batch_size=32, bcr_real=1.0, bcr_fake=1.0, steps=1200,
+        dataset="shapes", dim=96, depth=2, heads=3, latent_dim=64, mapping_depth=2, siren_dim=96,
+        batch_size=32, bcr_real=1.0, bcr_fake=1.0, steps=800,
     ),
     "lesson": Config(
         dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, batch_size=64, bcr_real=1.0, bcr_fake=1.0,
@@ -680,9 +680,9 @@ def test_mapping_network():
     w = mapping(z)
     torch.testing.assert_close(mapping(5 * z), w)
     assert w.shape == (256, 48) and 0.5 < w.square().mean().sqrt() < 2
-    for _ in range(2000):
+    for _ in range(8):  # with the two calls above, ten: 1 - 0.995¹⁰ of the way from 0 to the mean
         mapping(z)
-    torch.testing.assert_close(mapping.w_mean, w.mean(0), rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(mapping.w_mean, (1 - 0.995**10) * w.mean(0))
     mapping.eval()
     torch.testing.assert_close(mapping(z, truncation=0.0), mapping.w_mean.expand(256, 48))
     torch.testing.assert_close(mapping(z, truncation=0.5), (mapping(z) + mapping.w_mean) / 2)
@@ -772,7 +772,8 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # The division by $\sqrt d$ comes *before* the softmax, and it is the width of one head. Published ports scale after the
 # softmax, which only shrinks the output, or by the full $D$, which flattens the attention.
-# `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory.
+# `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory. On a CPU, at 64 tokens, the
+# three plain steps are several times faster than its fused kernel, forwards and backwards; so there we write them out.
 
 
 # %%
@@ -786,6 +787,15 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v, for q, k, v of shape (B, heads, N, d) and bias (B, heads, 1, N)."""
+    if q.device.type != "cpu":
+        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)  # (B, heads, N, N), without a copy
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)  # (B, heads, N, d)
+    logits = (scale * q) @ k.transpose(-1, -2)  # (B, heads, N, N)
+    return (logits if bias is None else logits + bias).softmax(-1) @ v  # (B, heads, N, d)
+
+
 class SelfAttention(nn.Module):
     """Multi-head dot-product self-attention (Vaswani et al. 2017, Section 3.2). (B, N, dim) -> (B, N, dim)."""
 
@@ -797,7 +807,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = (split_heads(x, self.heads) for x in self.qkv(h).chunk(3, dim=-1))  # (B, heads, N, d) each
-        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))  # (B, N, D)
+        return self.out(merge_heads(attend(q, k, v, 1 / math.sqrt(q.shape[-1]))))  # (B, N, D)
 
     def weights(self, h: Tensor) -> Tensor:
         """The attention itself, for looking at: (B, heads, N, N), rows sum to 1."""
@@ -941,7 +951,7 @@ class FourierFeatures(nn.Module):
     def __init__(self, out_features: int):
         super().__init__()
         self.wave = EqualizedLinear(2, out_features)
-        nn.init.normal_(self.wave.weight, std=math.pi * math.sqrt(2) / 2)  # in use: half a turn per patch, typically
+        nn.init.normal_(self.wave.weight, std=math.pi * math.sqrt(2) / 8)  # in use: an eighth of a turn across a patch
         nn.init.uniform_(self.wave.bias, -math.pi, math.pi)
 
     def forward(self, v: Tensor) -> Tensor:
@@ -1005,19 +1015,18 @@ class ModulatedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, style_dim: int, demodulate: bool = False):
         super().__init__()
-        self.linear = EqualizedLinear(in_features, out_features, bias=False)
+        self.linear = EqualizedLinear(in_features, out_features)
         self.scale = EqualizedLinear(style_dim, in_features)  # also the layer between, where widths differ
         nn.init.ones_(self.scale.bias)  # modulate around 1
-        self.bias = nn.Parameter(torch.zeros(out_features))
         self.demodulate = demodulate
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         s = self.scale(style)[:, :, None]  # (B, N, 1, in)
-        y = self.linear(x * s)  # (B, N, M, out)
-        if self.demodulate:
-            w = self.linear.weight * self.linear.weight_gain  # (out, in)
-            y = y * torch.rsqrt(s.square() @ w.square().T + 1e-8)  # (B, N, M, out)
-        return y + self.bias  # (B, N, M, out)
+        if not self.demodulate:
+            return self.linear(x * s)  # (B, N, M, out)
+        w = self.linear.weight * self.linear.weight_gain  # (out, in)
+        d = torch.rsqrt(s.square() @ w.square().T + 1e-8)  # (B, N, 1, out)
+        return d * F.linear(x * s, w) + self.linear.bias  # (B, N, M, out)
 
 
 # %%
@@ -1026,6 +1035,7 @@ def test_modulated_linear_is_one_matrix_per_patch():
     """Weight modulation: equals one explicit W' or W'' per patch, pixel by pixel, values and gradients"""
     for demodulate in (False, True):
         layer = ModulatedLinear(6, 5, style_dim=7, demodulate=demodulate).double()
+        nn.init.normal_(layer.linear.bias)
         x = torch.randn(2, 3, 4, 6, dtype=torch.double, requires_grad=True)
         style = torch.randn(2, 3, 7, dtype=torch.double, requires_grad=True)
         expected = torch.empty(2, 3, 4, 5, dtype=torch.double)
@@ -1036,7 +1046,7 @@ def test_modulated_linear_is_one_matrix_per_patch():
                 if demodulate:
                     w = w / (w.square().sum(1, keepdim=True) + 1e-8).sqrt()
                 for pixel in range(4):
-                    expected[image, patch, pixel] = w @ x[image, patch, pixel] + layer.bias
+                    expected[image, patch, pixel] = w @ x[image, patch, pixel] + layer.linear.bias
         y = layer(x, style)
         torch.testing.assert_close(y, expected)
         inputs = [x, style, *layer.parameters()]
@@ -1397,7 +1407,7 @@ def test_overlapping_patches():
 #
 # $$-\|q_i - q_j\|^2 = 2\,q_i \cdot q_j - \|q_j\|^2 \underbrace{{} - \|q_i\|^2}_{\text{drops out}}$$
 #
-# A dot product with one number added per key: the library's attention takes that as a mask.
+# A dot product with one number added per key.
 
 
 # %%
@@ -1417,10 +1427,8 @@ class L2Attention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         q, v = split_heads(self.qk(h), self.heads), split_heads(self.value(h), self.heads)  # (B, heads, N, d) each
         scale = 1 / q.shape[-1]
-        mask = -scale * q.square().sum(-1)[:, :, None]  # (B, heads, 1, N)
-        mask = mask.expand(-1, -1, q.shape[2], -1)  # (B, heads, N, N), without a copy
-        a = F.scaled_dot_product_attention(2 * q, q, v, attn_mask=mask, scale=scale)  # (B, heads, N, d)
-        return self.out(merge_heads(a))  # (B, N, D)
+        bias = -scale * q.square().sum(-1)[:, :, None]  # (B, heads, 1, N)
+        return self.out(merge_heads(attend(q, q, v, 2 * scale, bias)))  # (B, N, D)
 
     def weights(self, h: Tensor) -> Tensor:
         """The attention itself as the formula says it, for looking at: (B, heads, N, N), rows sum to 1."""
@@ -1889,7 +1897,7 @@ class Training:
                 torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             self.g, self.d = (nn.parallel.DistributedDataParallel(network) for network in (self.g, self.d))
         self.optimizer_g, self.optimizer_d = (
-            torch.optim.Adam(n.parameters(), lr=config.learning_rate, betas=config.betas)
+            torch.optim.Adam(n.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
             for n in (self.generator, self.discriminator)
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -2559,7 +2567,7 @@ def test_evaluate_ranks_real_above_noise():
     scores = [evaluate(images, real, "thumbnails") for images in (held_out, blurred, noise)]
     for metric in ("fid", "kid"):
         assert scores[0][metric] < scores[1][metric] < scores[2][metric]
-    assert scores[2]["precision"] == 0 < 0.5 < scores[0]["precision"]
+    assert scores[2]["precision"] < 0.1 < 0.5 < scores[0]["precision"]
     assert (scores[0]["samples"], scores[0]["real"]) == (200, 400)
 
 
@@ -2684,9 +2692,9 @@ if LIVE:
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
-# | the generator's loss nailed near 0.77, the discriminator's at 1.32 instead of moving around; *fake* stuck at −0.16 | a GELU after the head: the logit cannot fall any lower | [17](#discriminator) |
+# | the generator's loss sits at 0.69 from the start; *fake* never falls below −0.17 | a GELU after the head: the discriminator cannot say "fake", so there is nothing to learn | [17](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [3](#data) |
-# | *held out* leaves *real* and falls towards *fake*, and the consistency is idle | few images, neither DiffAugment nor bCR: learned by heart | [13](#diffaugment), [18](#losses) |
+# | the discriminator's loss near 0, the generator's climbing to 4; later, *held out* falls away from *real* | few images, neither DiffAugment nor bCR: learned by heart | [13](#diffaugment), [18](#losses) |
 
 
 # %%
@@ -2745,11 +2753,9 @@ def sound_and_broken():
 # %%
 @check
 def test_gelu_after_the_head_is_the_plateau():
-    """Break it: with a GELU after the head no logit falls below −0.17, so D's loss cannot fall below 0.61"""
-    run = train_small(gelu_after_the_head, steps=30)
-    logits = run.discriminator(10 * torch.randn(64, 3, 16, 16))
-    assert logits.min() >= -0.17001
-    assert min(entry["loss_d"] for entry in run.history) > 0.61
+    """Break it: the sound discriminator puts fakes below −0.2, with a GELU after the head it never gets to −0.17"""
+    lowest = [min(e["fake"] for e in train_small(fault, 80).history) for fault in (None, gelu_after_the_head)]
+    assert lowest[0] < -0.2 < -0.17 < lowest[1], lowest
 
 
 # %% [markdown]

@@ -12,7 +12,8 @@ SOURCE = SCRIPT.read_text()
 BLOCK = """        h = h + self.attention(self.norm1(h, w))  # (B, N, D)
         return h + self.mlp(self.norm2(h, w))  # (B, N, D)
 """
-L2_PASS = "a = F.scaled_dot_product_attention(2 * q, q, v, attn_mask=mask, scale=scale)"
+MODULATED = "return self.linear(x * s)  # (B, N, M, out)"
+L2_PASS = "attend(q, q, v, 2 * scale, bias)"
 
 MISTAKES = [
     (
@@ -34,40 +35,40 @@ MISTAKES = [
     (
         "softmax first, scaling after",
         "test_attention_is_the_libraries_attention",
-        [("F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT).softmax(-1) / math.sqrt(q.shape[-1]) @ v")],
+        [("attend(q, k, v, 1 / math.sqrt(q.shape[-1]))", "(q @ k.mT).softmax(-1) / math.sqrt(q.shape[-1]) @ v")],
     ),
     (
         "scaled by the full width instead of the head's",
         "test_attention_is_the_libraries_attention",
-        [("F.scaled_dot_product_attention(q, k, v)",
-          "F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(h.shape[-1]))")],
+        [("attend(q, k, v, 1 / math.sqrt(q.shape[-1]))",
+          "attend(q, k, v, 1 / math.sqrt(h.shape[-1]))")],
     ),
     (
         "softmax of plus the distance",
         "test_l2_attention_is_its_formula",
-        [("mask = -scale *", "mask = scale *"), (L2_PASS, L2_PASS.replace("2 * q, q", "-2 * q, q"))],
+        [("bias = -scale *", "bias = scale *"), (L2_PASS, L2_PASS.replace("2 * scale", "-2 * scale"))],
     ),
     (
         "query and key not tied",
         "test_l2_attention_is_its_formula",
         [("self.qk = EqualizedLinear(dim, dim, bias=False)",
           "self.k = EqualizedLinear(dim, dim, bias=False)\n        self.qk = EqualizedLinear(dim, dim, bias=False)"),
-         (L2_PASS, L2_PASS.replace("2 * q, q, v", "2 * q, split_heads(self.k(h), self.heads), v"))],
+         (L2_PASS, L2_PASS.replace("q, q, v", "q, split_heads(self.k(h), self.heads), v"))],
     ),
     (
         "a mean in one term and a sum in the other",
         "test_l2_attention_is_its_formula",
-        [("mask = -scale * q.square().sum(-1)", "mask = -scale * q.square().mean(-1)")],
+        [("bias = -scale * q.square().sum(-1)", "bias = -scale * q.square().mean(-1)")],
     ),
     (
         "pixels and channels mixed on the way in",
         "test_modulated_linear_is_one_matrix_per_patch",
-        [("y = self.linear(x * s)", "y = self.linear((x * s).transpose(2, 3).reshape((x * s).shape))")],
+        [(MODULATED, "return self.linear((x * s).transpose(2, 3).reshape((x * s).shape))")],
     ),
     (
         "pixels and channels mixed on the way out",
         "test_modulated_linear_is_one_matrix_per_patch",
-        [("return y + self.bias  # (B, N, M, out)", "return y.transpose(2, 3).reshape(y.shape) + self.bias")],
+        [(MODULATED, "y = self.linear(x * s)\n            return y.transpose(2, 3).reshape(y.shape)")],
     ),
     (
         "the first sigma from one power step off a random vector",
