@@ -3014,28 +3014,103 @@ def command_evaluate(flags: argparse.Namespace):
     print(json.dumps(numbers))
 
 
-def command_benchmark(flags: argparse.Namespace):
-    run = Training(config_from_flags(flags))
+class Stopwatch:
+    """Stands in for a run's loss scaler and notes how long each part of a step took."""
 
-    def rate(function: Callable, images: int) -> float:
-        """Images a second, the best of three after a warm-up."""
+    parts = ("d_forward", "d_backward", "d_optimizer", "g_forward", "g_backward", "g_optimizer", "average")
+
+    def __init__(self, run: Training):
+        self.scaler, self.device, self.ends = run.scaler, run.device, []
+
+    def mark(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def scale(self, loss: Tensor):
+        self.mark()
+        self.loss = self.scaler.scale(loss)
+        return self
+
+    def backward(self):
+        self.loss.backward()
+        self.mark()
+
+    def step(self, optimizer: torch.optim.Optimizer):
+        self.scaler.step(optimizer)
+        self.mark()
+
+    def update(self):
+        self.mark()
+        self.scaler.update()
+
+
+def benchmark(config: Config, repeats: int = 5) -> dict:
+    """Images a second in training and sampling, where a step's time goes, and the share of the machine's matrix rate.
+
+    That rate is measured in the same run, on square products in the same format; the work of a step is counted by
+    PyTorch's FLOP counter. Times are the medians of `repeats`, in seconds.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    run = Training(config)
+
+    def seconds(function: Callable) -> float:
         times = []
-        for _ in range(4):
+        for _ in range(repeats + 1):
             start = time.perf_counter()
             function()
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return images / min(times[1:])
+        return float(np.median(times[1:]))  # the first one warms up
 
-    result = {
-        "train_images_per_s": round(rate(run.train_step, run.config.batch_size), 1),
-        "sample_images_per_s": round(rate(lambda: sample(run.generator, 200), 200), 1),
+    side = 8192 if run.device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=run.device).to(run.dtype)
+    matrix_rate = 2 * side**3 / seconds(lambda: a @ b)
+    with FlopCounterMode(display=False) as counter:
+        run.train_step()
+    step = seconds(run.train_step)
+    rate = config.batch_size / step
+    flop = counter.get_total_flops() / config.batch_size
+    sampling = 200 / seconds(lambda: sample(run.average.module, 200))
+    stopwatch, laps = Stopwatch(run), []
+    run.scaler = stopwatch
+    for _ in range(repeats):
+        stopwatch.ends = []
+        stopwatch.mark()
+        run.train_step()
+        laps.append(np.diff(stopwatch.ends))
+    run.scaler = stopwatch.scaler
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "train_images_per_s": round(rate, 1),
+        "sample_images_per_s": round(sampling, 1),
+        "matrix_share": round(rate * flop / matrix_rate, 3),
+        "matrix_gflop_per_s": round(matrix_rate / 1e9),
+        "gflop_per_image": round(flop / 1e9, 2),
+        "peak_bytes": peak,
+        "step_s": round(step, 4),
+        "parts_s": dict(zip(Stopwatch.parts, np.median(laps, 0).round(4).tolist(), strict=True)),
         "precision": str(run.dtype).removeprefix("torch."),
-        "device": str(run.device),
+        "device": torch.cuda.get_device_name()
+        if run.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "batch_size": config.batch_size,
     }
-    print(plan(run))
-    print(json.dumps(result))
+
+
+def command_benchmark(flags: argparse.Namespace):
+    result = benchmark(config_from_flags(flags))
+    if flags.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{name:20s} {value}" for name, value in result.items()))
 
 
 def main(argv: list[str]) -> int:
@@ -3051,7 +3126,7 @@ def main(argv: list[str]) -> int:
                 "--profile", default="auto", help="smoke, lesson or paper; auto takes what fits the machine"
             )
             for f in fields(Config):
-                flag, meaning = "--" + f.name.replace("_", "-"), f.metadata["help"]
+                flag, meaning = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
                 if f.type is bool:
                     sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=meaning)
                 elif f.name == "betas":
@@ -3078,7 +3153,8 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--dataset", help="compare with this data instead of what the generator was trained on")
     sub.add_argument("--data-root", help="where that data is")
-    command("benchmark", command_benchmark, "images a second in training and sampling", with_config=True)
+    sub = command("benchmark", command_benchmark, "images a second, and where a step's time goes", with_config=True)
+    sub.add_argument("--json", action="store_true", help="one line of JSON")
     try:
         flags = parser.parse_args(argv if argv and argv[0] in (*commands.choices, "-h", "--help") else ["train", *argv])
         flags.run(flags)

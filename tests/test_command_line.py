@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.utils.flop_counter
 from conftest import SCRIPT, TINY, run_script
 from PIL import Image
 from safetensors.torch import load_file
@@ -92,8 +95,14 @@ def test_sample_and_evaluate(finished_run, tmp_path, capsys):
 
 
 def test_benchmark_ends_in_one_json_line(capsys):
-    assert vitgan_nb.main(["benchmark", *TINY]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["train_images_per_s"] > 0
+    assert vitgan_nb.main(["benchmark", *TINY, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["train_images_per_s"] > 0 and result["sample_images_per_s"] > 0 and 0 < result["matrix_share"] < 1
+    assert sum(result["parts_s"].values()) > 0 and result["peak_bytes"] > 10**6
+    whole = vitgan_nb.Config(dataset="shapes")  # the paper's size
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        vitgan_nb.Training(replace(whole, batch_size=2)).train_step()
+    assert 15 < counter.get_total_flops() / 2 / 1e9 < 20  # GFLOP a training image
 
 
 def test_two_processes_train_one_model(tmp_path):
