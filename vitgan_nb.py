@@ -2335,7 +2335,7 @@ def train(config: Config, resume: bool | str | Path = True) -> Training:
     """
     run, folder = Training(config), run_folder(config)
     first = run.rank == 0
-    say = print if first else lambda *_: None
+    say = print if first else lambda *_, **__: None
     say(plan(run), flush=True)
     told = resume_from(run, folder, resume)
     if told:
@@ -2349,6 +2349,9 @@ def train(config: Config, resume: bool | str | Path = True) -> Training:
 
     if finished():
         say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
+        if LIVE:
+            draw_progress(plt.figure(figsize=(11, 3.4)), run)
+            plt.show()
         return run
     if first:
         reporter = Reporter(run, folder)
@@ -2498,15 +2501,11 @@ def before_halfway_after():
     steps = sorted(int(path.stem[-9:]) for path in run_folder(config).glob("samples-*.png"))
     halfway = min(steps, key=lambda step: abs(step - run.step / 2))
     figure, axes = plt.subplots(1, 3, figsize=(11, 4))
-    names = {
-        "before": f"samples-{0:09d}",
-        f"on the way ({halfway:,} steps)": f"samples-{halfway:09d}",
-        f"after ({run.step:,} steps)": "samples",
-    }
-    for axis, (title, name) in zip(axes, names.items(), strict=True):
-        axis.imshow(plt.imread(run_folder(config) / f"{name}.png"))
-        axis.set_title(title, fontsize=10)
+    for axis, step in zip(axes, (0, halfway), strict=False):
+        axis.imshow(plt.imread(run_folder(config) / f"samples-{step:09d}.png"))
+        axis.set_title(f"after {step:,} steps" if step else "before", fontsize=10)
         axis.axis("off")
+    show_images(run.samples(), f"after {run.step:,} steps", axis=axes[2])
     figure.tight_layout()
     plt.show()
 
@@ -2534,7 +2533,7 @@ def before_halfway_after():
 # %%
 @torch.no_grad()
 def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
-    """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` and `n` give the same.
+    """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` gives the same, however many.
 
     `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. Raises `BadInput`.
     """
@@ -2544,12 +2543,12 @@ def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0)
         raise BadInput(f"truncation is {truncation!r}, but must be a number from 0 to 1.")
     device = next(generator.parameters()).device
     dtype = number_format(generator.config.precision, device)
-    z = torch.randn(n, generator.config.latent_dim, generator=torch.Generator().manual_seed(seed))
-    training, images = generator.training, []
+    rng, training, images = torch.Generator().manual_seed(seed), generator.training, []
     generator.eval()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        for part in z.split(100):
-            images.append(to_uint8(generator(part.to(device), truncation)).cpu())
+        for start in range(0, n, 100):
+            z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
+            images.append(to_uint8(generator(z.to(device), truncation)).cpu())
     generator.train(training)
     return torch.cat(images)
 
@@ -2662,10 +2661,11 @@ def test_evaluate_ranks_real_above_noise():
 
 @check
 def test_samples_follow_the_seed():
-    """Sample: the seed decides; truncation 0 gives one image"""
+    """Sample: the seed decides, however many are asked for; truncation 0 gives one image"""
     generator = Generator(TINY)
     images = sample(generator, 5, seed=1)
     assert torch.equal(images, sample(generator, 5, seed=1))
+    assert (sample(generator, 103, seed=1)[:5].int() - images.int()).abs().max() <= 1  # rounding
     assert not torch.equal(images, sample(generator, 5, seed=2))
     assert images.dtype == torch.uint8 and images.shape == (5, 3, 16, 16)
     flat = sample(generator, 3, truncation=0.0)

@@ -85,7 +85,8 @@ def test_sample_and_evaluate(finished_run, tmp_path, capsys):
     a, b = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz"))
     assert a.shape == (7, 16, 16, 3) and a.dtype == np.uint8 and (a == b).all()
     assert vitgan_nb.main(["sample", "--weights", weights, "--n", "3", "--out", str(tmp_path / "folder")]) == 0
-    assert (np.asarray(Image.open(tmp_path / "folder" / "000002.png")) == a[2]).all()
+    third = np.asarray(Image.open(tmp_path / "folder" / "000002.png"))
+    assert np.abs(third.astype(int) - a[2]).max() <= 1  # the same image but for rounding, in a smaller batch
     assert vitgan_nb.main(["sample", "--weights", weights, "--n", "9", "--out", str(tmp_path / "grid.png")]) == 0
     assert Image.open(tmp_path / "grid.png").size == (3 * 17 + 1, 3 * 17 + 1)
     capsys.readouterr()
