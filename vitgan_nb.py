@@ -30,6 +30,9 @@
 #
 # ![samples](attachment:samples.png)
 #
+# *Samples of the `smoke` profile after 336,192 images of CIFAR-10, 40 minutes on a CPU: a generator of 0.4 million
+# weights, small enough to follow. The outputs stored below are of the same run.*
+#
 # This notebook builds every part of it in PyTorch, says what goes wrong without the part, draws the part at work, and
 # checks it. Then it trains the whole on CIFAR-10. You need to know PyTorch; you need not have trained a GAN before.
 #
@@ -2203,7 +2206,7 @@ def draw_progress(figure, run: Training):
         for name in names:
             axis.plot(images, [entry[name] for entry in run.history], label=name, linewidth=1)
         axis.set_xlabel("images seen")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="right")
     for guessing in (math.log(2), 2 * math.log(2)):
         losses.axhline(guessing, color="k", linewidth=0.5, linestyle=":")
     losses.set_title("losses (dotted: log 2 and 2 log 2)", fontsize=10)
