@@ -87,6 +87,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -2983,6 +2984,7 @@ def config_from_flags(flags: argparse.Namespace) -> Config:
 
 def command_train(flags: argparse.Namespace):
     config = config_from_flags(flags)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: save, as on Ctrl-C
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"profile {flags.profile}", flush=True)
     train(config, resume=flags.resume_from or not flags.no_resume)
@@ -3163,6 +3165,11 @@ def main(argv: list[str]) -> int:
         flags.run(flags)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        print(
+            f"error: {error.filename or 'writing'}: {error.strerror or error}; choose another place.", file=sys.stderr
+        )
         return 2
     return 0
 

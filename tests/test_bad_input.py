@@ -125,3 +125,11 @@ def test_run_of_another_configuration_is_not_continued(finished_run, tmp_path, m
     assert vitgan_nb.main(["train", *TINY, "--seed", "3", "--resume-from", str(checkpoint)]) == 2
     assert "another configuration: seed 0 ≠ 3" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert vitgan_nb.main(["train", *TINY, "--steps", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "runs" in error and [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -62,7 +62,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert process.returncode == 0 and "Skipped: " in process.stdout and "Resumed at step 2 " in process.stdout
 
 
-def test_interrupt_saves_what_there_is(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_what_there_is(how, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-u", SCRIPT, "train", *TINY], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True,
@@ -71,7 +72,7 @@ def test_interrupt_saves_what_there_is(tmp_path):
         if line.startswith("Estimate"):
             break
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Interrupted at step" in rest
     assert only(tmp_path, "runs/*/checkpoint-*.pt") and only(tmp_path, "runs/*/generator.safetensors")
