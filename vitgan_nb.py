@@ -57,7 +57,7 @@
 # **Training:** [18 Losses](#losses) · [19 Moving average](#average) · [20 Step, loop, checkpoints](#training) ·
 # [21 Train](#train) ·
 # **After:** [22 Measure](#measure) · [23 Explore](#explore) · [24 Break it](#break) ·
-# [25 What differs from the paper, the blog post and the authors' code](#differences) · [26 More than one GPU](#gpus) ·
+# [25 What differs from the paper, the blog post and the authors' code](#differences) · [26 Speed, and more than one GPU](#gpus) ·
 # [27 References](#references)
 
 # %% [markdown]
@@ -92,7 +92,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -195,7 +196,7 @@ class Config:
     seed: int = option(0, "of everything random")
     out_dir: str = option("runs", "a run gets its own folder in here")
     precision: str = option("auto", "auto, float32, bfloat16 or float16")
-    compile: bool = option(False, "compile both networks with torch.compile")
+    compile: bool = option(False, "compile the training step with torch.compile; lesson and paper do on a GPU")
 
     def __post_init__(self):
         def need(condition: bool, name: str, accepted: str):
@@ -248,9 +249,9 @@ PROFILES = {
     ),
     "lesson": Config(
         dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, batch_size=64, bcr_real=1.0, bcr_fake=1.0,
-        minutes=20.0,
+        minutes=20.0, compile=torch.cuda.is_available(),
     ),
-    "paper": Config(),
+    "paper": Config(compile=torch.cuda.is_available()),
 }  # fmt: skip
 
 
@@ -527,7 +528,9 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 def real_batch(images: Tensor, indices: Tensor) -> Tensor:
     """uint8 `images` at `indices` as float (B, 3, H, W) in [-1, 1], each mirrored with probability 1/2."""
-    batch = to_float(images[indices.to(images.device)])  # (B, 3, H, W)
+    if images.is_cuda:
+        indices = indices.pin_memory().to(images.device, non_blocking=True)  # the CPU need not wait for the GPU
+    batch = to_float(images[indices])  # (B, 3, H, W)
     mirrored = torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5
     return torch.where(mirrored, batch.flip(3), batch)
 
@@ -895,9 +898,9 @@ class GeneratorBlock(nn.Module):
 
 
 # %%
-def patch_centres(side: int) -> Tensor:
+def patch_centres(side: int, device: torch.device | str = "cpu") -> Tensor:
     """Centres (side², 2) of side × side equal cells that tile [-1, 1]², row by row, as (x, y)."""
-    centre = (torch.arange(side) + 0.5) / side * 2 - 1
+    centre = (torch.arange(side, device=device) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(centre, centre, indexing="ij")
     return torch.stack([x, y], -1).flatten(0, 1)  # (side², 2)
 
@@ -1221,7 +1224,7 @@ class Generator(nn.Module):
 
     def paint(self, w: Tensor, resolution: int) -> Tensor:
         """Styles (B, D) -> images of `resolution` × `resolution` pixels a patch, (B, 3, grid · resolution, same)."""
-        pixels = patch_centres(resolution).to(w.device)  # (M, 2), M = resolution²
+        pixels = patch_centres(resolution, w.device)  # (M, 2), M = resolution²
         return patches_to_image(self.siren(self.tokens(w), pixels), self.config.grid, resolution)
 
 
@@ -1937,6 +1940,27 @@ def test_moving_average():
 
 
 # %%
+def compiled(function: Callable) -> Callable:
+    """`function` compiled as a whole, on a GPU replayed as one graph; where that fails, `function` with one warning."""
+    quick = torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+    @functools.wraps(function)
+    def call(*inputs):
+        nonlocal quick
+        try:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
+            return quick(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            print(
+                f"warning: {function.__name__} is not compiled ({reason}); training goes on without.", file=sys.stderr
+            )
+            quick = function
+            return quick(*inputs)
+
+    return call
+
+
 STATISTICS = ("loss_d", "consistency", "loss_g")  # means over the steps since the last record
 LOGITS = ("real", "held_out", "fake")  # means over images at the moment of the record
 
@@ -1963,15 +1987,15 @@ class Training:
         self.generator = Generator(config).to(self.device)
         self.discriminator = Discriminator(config).to(self.device)
         self.average = moving_average(self.generator)
-        if config.compile:
-            self.generator.compile()
-            self.discriminator.compile()
         self.synced_g, self.synced_d = self.generator, self.discriminator  # whose gradients are averaged over GPUs
         if self.world > 1:
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             wrap = nn.parallel.DistributedDataParallel
             self.synced_g, self.synced_d = wrap(self.generator), wrap(self.discriminator)
+        elif config.compile:
+            self.discriminator_objective = compiled(self.discriminator_objective)
+            self.generator_objective = compiled(self.generator_objective)
         self.optimizer_g, self.optimizer_d = (
             torch.optim.Adam(n.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
             for n in (self.generator, self.discriminator)
@@ -1988,11 +2012,9 @@ class Training:
     def latents(self, n: int) -> Tensor:
         return torch.randn(n, self.config.latent_dim, device=self.device)
 
-    def discriminator_step(self) -> tuple[Tensor, Tensor]:
-        """One step of the discriminator. Returns its loss and the consistency."""
+    def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and consistency of the discriminator for real images (B, 3, H, W) and as many new fakes."""
         config = self.config
-        indices = batch_indices(len(self.images), config.batch_size, self.step, config.seed)[self.rank :: self.world]
-        real = real_batch(self.images, indices)  # (B, 3, H, W)
         with torch.no_grad(), self.autocast():
             fake = self.generator(self.latents(len(real))).float()  # (B, 3, H, W)
         plain = torch.cat([real, fake])  # (2B, 3, H, W)
@@ -2002,27 +2024,37 @@ class Training:
         real_plain, fake_plain, real_augmented, fake_augmented = logits.chunk(4)  # (B,) each
         loss = discriminator_loss(real_augmented, fake_augmented)
         consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)
-        consistency = consistency + balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)
-        self.optimizer_d.zero_grad()
-        self.scaler.scale(loss + consistency).backward()
-        self.scaler.step(self.optimizer_d)
-        return loss.detach(), consistency.detach()
+        return loss, consistency + balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)
+
+    def generator_objective(self) -> Tensor:
+        """Loss of the generator for a new batch."""
+        with self.autocast():
+            fake = self.synced_g(self.latents(self.config.batch_size // self.world))  # (B, 3, H, W)
+            return generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment)).float())
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer):
+        """One step of `optimizer` down the gradient of `loss`."""
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        optimizer.zero_grad()
+
+    def discriminator_step(self) -> tuple[Tensor, Tensor]:
+        """One step of the discriminator. Returns its loss and the consistency."""
+        config = self.config
+        indices = batch_indices(len(self.images), config.batch_size, self.step, config.seed)[self.rank :: self.world]
+        loss, consistency = self.discriminator_objective(real_batch(self.images, indices))
+        self.descend(loss + consistency, self.optimizer_d)
+        return loss.detach().clone(), consistency.detach().clone()
 
     def generator_step(self) -> Tensor:
         """One step of the generator and of its average. Returns the loss."""
-        config = self.config
         self.discriminator.eval().requires_grad_(False)
-        with self.autocast():
-            fake = self.synced_g(self.latents(config.batch_size // self.world))  # (B, 3, H, W)
-            logits = self.discriminator(diff_augment(fake.float(), config.augment)).float()  # (B,)
-        loss = generator_loss(logits)
-        self.optimizer_g.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer_g)
+        loss = self.generator_objective()
+        self.descend(loss, self.optimizer_g)
         self.discriminator.train().requires_grad_(True)
-        images = (self.step + 1) * config.batch_size
-        update_average(self.average, self.generator, config.ema_half_life, config.batch_size, images)
-        return loss.detach()
+        batch = self.config.batch_size
+        update_average(self.average, self.generator, self.config.ema_half_life, batch, (self.step + 1) * batch)
+        return loss.detach().clone()
 
     def train_step(self):
         """One step of both networks."""
@@ -2360,12 +2392,13 @@ def train(config: Config, resume: bool | str | Path = True) -> Training:
     if first:
         reporter = Reporter(run, folder)
         reporter.step()
-    saved, start, start_seconds = time.monotonic(), run.step, 0.0
-    before = saved
+    warm = run.step + (3 if config.compile else 1)  # the first steps compile and allocate
+    saved = before = time.monotonic()
+    begun = run.seconds
     try:
         while not finished():
             run.train_step()
-            if run.device.type == "cuda" and run.step <= start + 4:
+            if run.device.type == "cuda" and run.step <= warm + 3:
                 torch.cuda.synchronize()  # only while the estimate is made: later steps need not be waited for
             now = time.monotonic()
             run.seconds, before = run.seconds + now - before, now
@@ -2375,10 +2408,12 @@ def train(config: Config, resume: bool | str | Path = True) -> Training:
                     raise FloatingPointError(f"The losses stopped being finite before step {run.step:,}.")
                 if first:
                     reporter.record(entry)
-            if run.step == start + 1:
-                start_seconds = run.seconds  # the first step warms up
-            elif run.step == start + 4:
-                say(f"Estimate: {estimate(run, (run.seconds - start_seconds) / 3)}.", flush=True)
+            if run.step == warm:
+                warm_seconds = run.seconds
+                if config.compile:
+                    say(f"Compiling took {duration(warm_seconds - begun)}.", flush=True)
+            elif run.step == warm + 3:
+                say(f"Estimate: {estimate(run, (run.seconds - warm_seconds) / 3)}.", flush=True)
             if first:
                 reporter.step()
             if first and now - saved > 60 * CHECKPOINT_MINUTES:
@@ -2412,9 +2447,8 @@ def test_each_step_trains_its_own_network():
     before = [{k: v.clone() for k, v in n.state_dict().items()} for n in (run.generator, run.discriminator)]
     run.discriminator_step()
     assert all(p.grad is None for p in run.generator.parameters())
-    gradients = [p.grad.clone() for p in run.discriminator.parameters()]
     run.generator_step()
-    assert all(torch.equal(p.grad, g) for p, g in zip(run.discriminator.parameters(), gradients, strict=True))
+    assert all(p.grad is None for p in run.discriminator.parameters())
     assert all(p.requires_grad for p in run.discriminator.parameters()) and run.discriminator.training
     for network, old in zip((run.generator, run.discriminator), before, strict=True):
         assert all(not torch.equal(p, old[name]) for name, p in network.named_parameters()), "a weight did not move"
@@ -2535,26 +2569,31 @@ def before_halfway_after():
 
 
 # %%
-@torch.no_grad()
 def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
     """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` gives the same, however many.
 
     `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. Raises `BadInput`.
     """
+    return torch.cat(list(sample_batches(generator, n, seed, truncation)))
+
+
+@torch.no_grad()
+def sample_batches(generator: Generator, n: int, seed: int, truncation: float) -> Iterator[Tensor]:
+    """The images of `sample`, a hundred at a time: what does not fit into memory can go to disk as it comes."""
     if not (type(n) is int and n >= 1):
         raise BadInput(f"n is {n!r}, but must be a whole number, 1 or more.")
     if not (isinstance(truncation, (int, float)) and 0 <= truncation <= 1):
         raise BadInput(f"truncation is {truncation!r}, but must be a number from 0 to 1.")
     device = next(generator.parameters()).device
     dtype = number_format(generator.config.precision, device)
-    rng, training, images = torch.Generator().manual_seed(seed), generator.training, []
-    generator.eval()
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        for start in range(0, n, 100):
-            z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
-            images.append(to_uint8(generator(z.to(device), truncation)).cpu())
-    generator.train(training)
-    return torch.cat(images)
+    rng, training = torch.Generator().manual_seed(seed), generator.training
+    for start in range(0, n, 100):
+        z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
+        generator.eval()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            images = to_uint8(generator(z.to(device), truncation)).cpu()
+        generator.train(training)
+        yield images
 
 
 def thumbnails_extractor() -> str:
@@ -2903,9 +2942,91 @@ def what_the_class_token_sees_before_training():
 
 # %% [markdown]
 # <a name="gpus"></a>
-# ## 26. More than one GPU
+# ## 26. Speed, and more than one GPU
 #
-# On a machine with several GPUs the same loop runs under DistributedDataParallel, each process with its share of every
+# A training step at the paper's size is 17.4 GFLOP an image. How fast the machine multiplies matrices sets the limit;
+# the rest is for us to waste. `python vitgan_nb.py benchmark --profile paper` prints the share of that limit that is
+# reached and where a step's time goes. On 2 virtual CPUs (AMD EPYC) it was 62 % in bfloat16, 28 images/s, and 84 % in
+# float32, 9 images/s. What each fast form of this notebook saves beside the form that a textbook prints, on the same
+# machine, from `python benchmarks/side_by_side.py` in the repository:
+#
+# | fast form | why it is the same | textbook time / fast time |
+# |---|---|---|
+# | [9](#modulation) scale the inputs, not a matrix for each patch | $(W\,\mathrm{diag}\,s)\,x = W(s \odot x)$ | 8.7 |
+# | [7](#block) attention on a CPU as three products, not the fused kernel | the same sums | 6.4 |
+# | [16](#isn) weights normalised once a step | they do not change within it | 4.0 |
+# | bfloat16 for products, float32 for the rest | not the same: it rounds; the losses stay within the spread of seeds | 3.1 |
+# | [8](#fourier) Fourier features once, for all patches | positions are those of every patch | 1.9 |
+# | fused Adam, average in one call | the same sums | 1.7 |
+# | [15](#l2) L2 attention by a dot product | $-\lVert q_i-q_j\rVert^2 = 2\,q_i \cdot q_j - \lVert q_j\rVert^2$ + what softmax ignores | 1.3 |
+# | [20](#training) one pass of $4B$ images | a discriminator looks at each image alone | 1.1 |
+# | the whole step, all of these together | | 3.6 |
+#
+# On a GPU the step is compiled as well and replayed as one graph, so that no time goes into starting thousands of small
+# programs. A T4 multiplies at 65 TFLOP/s at best; at a quarter of that the `lesson` profile (3.5 GFLOP an image) would
+# see 4,700 images a second. That is an estimate: it has not been measured.
+#
+# How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile. *Left*,
+# larger images at the same patch: four times the tokens cost four times as much in every layer that treats tokens one by
+# one, and sixteen times in the attention, which compares all with all. *Right*, larger batches: an image gets cheaper until
+# the machine is busy throughout; the memory it needs stays the same. Memory here is what the forward pass keeps for the
+# backward pass.
+
+
+# %% tags=["nbval-ignore-output"]
+def cost_of_an_image(config: Config, repeats: int = 3) -> tuple[float, float]:
+    """Milliseconds for one pass forwards and backwards through both networks, and megabytes kept between, per image."""
+    device, kept = best_device(), {}
+    dtype = number_format(config.precision, device)
+    generator, discriminator = Generator(config).to(device), Discriminator(config).to(device)
+    z, times = torch.randn(config.batch_size, config.latent_dim, device=device), []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        with (
+            torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+            torch.autograd.graph.saved_tensors_hooks(keep if not times else lambda x: x, lambda x: x),
+        ):
+            loss = discriminator(generator(z)).sum()
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times[1:])) / config.batch_size, sum(kept.values()) / 1e6 / config.batch_size
+
+
+@demo
+def how_cost_grows():
+    keep_freed_memory()
+    sizes = [
+        replace(config, dataset="shapes", batch_size=16, image_size=side * config.patch_size) for side in (8, 16, 32)
+    ]
+    batches = [replace(config, batch_size=batch) for batch in (16, 32, 64, 128, 256, 512)]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, configs, x, label in (
+        (axes[0], sizes, [c.grid**2 for c in sizes], "tokens (batch 16)"),
+        (axes[1], batches, [c.batch_size for c in batches], f"batch ({config.grid**2} tokens)"),
+    ):
+        milliseconds, megabytes = zip(*(cost_of_an_image(c) for c in configs), strict=True)
+        memory = axis.twinx()
+        for side, y, style, name in (
+            (axis, milliseconds, "o-", "ms an image"),
+            (memory, megabytes, "s--", "MB an image (dashed)"),
+        ):
+            side.plot(x, y, style, color="tab:blue" if side is axis else "tab:orange")
+            side.set_xscale("log", base=2)
+            side.set(ylim=(0, 1.1 * max(y)), ylabel=name)
+        axis.set(xlabel=label, xticks=x, xticklabels=x)
+    figure.tight_layout()
+    plt.show()
+
+
+# %% [markdown]
+# **Several GPUs.** On a machine with several GPUs the same loop runs under DistributedDataParallel, each process with its share of every
 # batch:
 #
 # ```
@@ -2994,20 +3115,32 @@ def command_train(flags: argparse.Namespace):
 
 def command_sample(flags: argparse.Namespace):
     generator, out = load_generator(flags.weights).to(best_device()), Path(flags.out)
-    images = sample(generator, flags.n, flags.seed, flags.truncation)
-    if out.suffix == ".npz":
-        with written_whole(out) as partial, open(partial, "wb") as file:
-            np.savez_compressed(file, images=images.permute(0, 2, 3, 1).numpy())
-    elif out.suffix == ".png":
-        save_picture(images, out, columns=math.ceil(math.sqrt(flags.n)))
+    if out.suffix == ".png":
+        save_picture(
+            sample(generator, flags.n, flags.seed, flags.truncation), out, columns=math.ceil(math.sqrt(flags.n))
+        )
+    elif out.suffix == ".npz":
+        size = generator.config.image_size
+        header = {"descr": "|u1", "fortran_order": False, "shape": (flags.n, size, size, 3)}
+        with (
+            written_whole(out) as partial,
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("images.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for images in sample_batches(generator, flags.n, flags.seed, flags.truncation):
+                file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
     elif out.suffix:
         raise BadInput(f"out is {flags.out!r}, but must end in .npz or .png, or be a folder.")
     else:
         from PIL import Image
 
-        out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{i:06d}.png")
+        number = 0
+        for images in sample_batches(generator, flags.n, flags.seed, flags.truncation):
+            out.mkdir(parents=True, exist_ok=True)
+            for image in images:
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{number:06d}.png")
+                number += 1
     print(f"{flags.n:,} images in {out}")
 
 

@@ -120,3 +120,66 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         vitgan_nb.main([command, "--help"])
     assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_samples_stream_to_disk(finished_run, tmp_path):
+    """Twenty times the samples take no more memory; the arrays on disk are those of `sample`, bit for bit."""
+    weights = only(finished_run[0], "runs/*/generator.safetensors")
+    measure = "import resource, sys, vitgan_nb; vitgan_nb.main(sys.argv[1:]); print(resource.getrusage(0).ru_maxrss)"
+    peaks = []
+    for n in (2_000, 40_000):  # 40,000 images of 16 × 16 are 31 MB
+        arguments = ["sample", "--weights", weights, "--n", n, "--out", tmp_path / f"{n}.npz"]
+        process = subprocess.run(
+            [sys.executable, "-c", measure, *map(str, arguments)], cwd=SCRIPT.parent, capture_output=True, text=True
+        )
+        peaks.append(int(process.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 15, peaks
+    images = np.load(tmp_path / "2000.npz")["images"]
+    assert images.shape == (2_000, 16, 16, 3) and images.dtype == np.uint8
+    expected = vitgan_nb.sample(vitgan_nb.load_generator(weights), 2_000).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(images, expected) and np.array_equal(
+        np.load(tmp_path / "40000.npz")["images"][:2_000], images
+    )
+
+
+def test_training_goes_on_where_compiling_fails(monkeypatch, capsys):
+    def broken(function, **_):
+        def fail(*_):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here\nand twenty more lines")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    run = vitgan_nb.Training(replace(vitgan_nb.TINY, compile=True))
+    plain = vitgan_nb.Training(vitgan_nb.TINY)
+    for each in (run, plain):
+        torch.manual_seed(0)
+        for _ in range(3):
+            each.train_step()
+    assert torch.equal(run.sums, plain.sums)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all("not compiled (no compiler here)" in line for line in warnings)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_plain_steps(monkeypatch):
+    """Two minutes of compiling. Randomness off, since a compiled program may draw in another order."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 0.3))
+    monkeypatch.setattr(vitgan_nb.Training, "latents", lambda run, n: run.fixed_z[:n])
+    config = replace(vitgan_nb.TINY, augment="color")
+    runs = [vitgan_nb.Training(replace(config, compile=compile)) for compile in (False, True)]
+    for run in runs:
+        for _ in range(3):
+            run.train_step()
+    torch.testing.assert_close(runs[0].sums, runs[1].sums, rtol=1e-3, atol=1e-4)
+
+
+def test_float16_scales_its_losses():
+    run = vitgan_nb.Training(replace(vitgan_nb.TINY, precision="float16"))
+    for _ in range(12):
+        run.train_step()
+    assert run.scaler.is_enabled() and 1 <= run.scaler.get_scale() < 2**16  # it found a scale that does not overflow
+    run.sums.zero_()
+    for _ in range(4):
+        run.train_step()
+    assert run.sums.isfinite().all() and all(p.isfinite().all() for p in run.generator.parameters())

@@ -1,0 +1,154 @@
+"""Every fast form gives what its textbook form gives: values and gradients in float64; and bfloat16 trains as float32."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import vitgan_nb
+from benchmarks.side_by_side import TextbookTraining, as_textbook, textbook_average
+from vitgan_nb import TINY, Discriminator, Generator, L2Attention, ModulatedLinear, Siren, Training
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """All of a run in float64, also what it computes in float32 on purpose."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_same(fast, textbook, *inputs):
+    """Equal outputs, and equal gradients of the inputs and of all weights."""
+    for a, b in zip(gradients(fast, *inputs), gradients(textbook, *inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def gradients(network, *inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = network(*inputs)
+    seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    return [y, *torch.autograd.grad(y, [*inputs, *network.parameters()], seed)]
+
+
+def pair(make):
+    """The same module twice, the second in its textbook form."""
+    both = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        both.append(make())
+    for network in both:
+        for parameter in network.parameters():  # biases that start at 0 would hide a mistake in them
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
+    return both[0], as_textbook(both[1])
+
+
+@pytest.mark.parametrize("demodulate", [False, True])
+def test_modulated_linear_equals_grouped_convolution(in_float64, demodulate):
+    fast, textbook = pair(lambda: ModulatedLinear(6, 5, style_dim=7, demodulate=demodulate))
+    assert_same(fast, textbook, torch.randn(2, 3, 4, 6), torch.randn(2, 3, 7))
+
+
+def test_l2_attention_equals_pairwise_distances(in_float64):
+    fast, textbook = pair(lambda: L2Attention(24, heads=4))
+    assert_same(fast, textbook, torch.randn(2, 9, 24))
+
+
+def test_siren_equals_one_network_per_patch(in_float64):
+    fast, textbook = pair(lambda: Siren(16, 24, depth=3, omega_0=1.5, demodulate=True))
+    assert_same(fast, textbook, torch.randn(2, 5, 16), vitgan_nb.patch_centres(4))
+
+
+def test_fused_attention_equals_three_products(in_float64, monkeypatch):
+    """What a GPU calls, `scaled_dot_product_attention`, against what a CPU computes."""
+    h, attention = torch.randn(2, 9, 24), L2Attention(24, heads=4)
+    products = gradients(attention, h)
+
+    def fused(q, k, v, scale, bias=None):
+        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+    monkeypatch.setattr(vitgan_nb, "attend", fused)
+    for a, b in zip(gradients(attention, h), products, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("network", [Generator, Discriminator])
+def test_networks_equal_their_textbook_forms(in_float64, network):
+    config = replace(TINY, demodulate=True, siren_depth=3)
+    fast, textbook = pair(lambda: network(config).eval())
+    x = torch.randn(3, config.latent_dim) if network is Generator else torch.rand(3, 3, 16, 16)
+    assert_same(fast, textbook, x)
+
+
+def test_one_step_equals_the_textbook_step(in_float64, monkeypatch):
+    """One pass of 4B images, weights normalised once, fused optimizer and average: the same losses and gradients."""
+    turned = {"color": lambda x: 0.7 * x.roll((1, 2), (2, 3)).flip(1)}  # the same whichever images it gets together
+    monkeypatch.setattr(vitgan_nb, "AUGMENTATIONS", turned)
+    still = 1e-12  # so that the textbook's further power steps, on the moved weights, find what the first one found
+    config = replace(TINY, augment="color", bcr_real=2.0, bcr_fake=3.0, learning_rate=still)
+    runs = [kind(config) for kind in (Training, TextbookTraining)]
+    found = []
+    for run in runs:
+        for network in (run.generator, run.discriminator, run.average):
+            network.double()
+        gradient = {}
+
+        def note(optimizer, *_, gradient=gradient):
+            gradient |= {len(gradient): [p.grad.clone() for p in optimizer.param_groups[0]["params"]]}
+
+        run.optimizer_d.register_step_pre_hook(note)
+        run.optimizer_g.register_step_pre_hook(note)
+        torch.manual_seed(5)
+        losses = [*run.discriminator_step(), run.generator_step()]
+        assert len(gradient) == 2
+        found.append((losses, gradient))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+def test_average_equals_a_loop_over_the_weights(in_float64):
+    network, textbook = Generator(TINY), Generator(TINY)
+    average = vitgan_nb.moving_average(network)
+    textbook.load_state_dict(network.state_dict())
+    for images in range(8, 80, 8):
+        with torch.no_grad():
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor += torch.randn_like(tensor)
+        vitgan_nb.update_average(average, network, 100, 8, images)
+        first = images == 8  # the library copies the first time
+        textbook_average(textbook, network, 0.0 if first else 0.5 ** (8 / min(100, 0.05 * images)))
+    torch.testing.assert_close(average.module.state_dict(), textbook.state_dict())
+
+
+def curves(precision, seed, steps, **size):
+    """The losses of a run of `smoke`, each the mean over a tenth of the steps: (10, 3)."""
+    run = Training(replace(vitgan_nb.PROFILES["smoke"], precision=precision, seed=seed, **size))
+    means = []
+    for _ in range(10):
+        run.sums.zero_()
+        for _ in range(steps // 10):
+            run.train_step()
+        means.append((run.sums[:-1] / run.sums[-1]).tolist())
+    return np.array(means)
+
+
+def distance_in_spreads(steps, **size):
+    """How far the mean losses in bfloat16 lie from those in float32, in seed-to-seed spreads; three seeds each."""
+    full, half = (np.stack([curves(p, seed, steps, **size) for seed in range(3)]) for p in ("float32", "bfloat16"))
+    spread = np.sqrt((full.std(0, ddof=1) ** 2 + half.std(0, ddof=1) ** 2).mean(0))  # (3,), over the whole curve
+    return np.abs(full.mean(0) - half.mean(0)).mean(0) / spread
+
+
+def test_bfloat16_trains_as_float32():
+    """The loss curves over 200 steps of a smaller `smoke` differ by less than two seeds do."""
+    distance = distance_in_spreads(200, image_size=16, dim=48, heads=2, siren_dim=48, batch_size=16)
+    assert (distance < 1).all(), distance
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_as_float32_at_full_size():
+    """The same over 300 steps of `smoke` itself: ten minutes."""
+    distance = distance_in_spreads(300)
+    assert (distance < 1).all(), distance
