@@ -80,6 +80,7 @@ SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 # %%
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -87,10 +88,13 @@ import importlib.util
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -1972,6 +1976,9 @@ class Training:
     process holds a shard of every batch, and gradients are averaged over the processes.
     """
 
+    parts = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler")
+    plain = ("step", "seconds", "history", "notes")
+
     def __init__(self, config: Config):
         self.config, self.device = config, best_device()
         self.dtype = number_format(config.precision, self.device)
@@ -2002,6 +2009,7 @@ class Training:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds, self.history = 0, 0.0, []
+        self.notes = []  # what else belongs in the log: scores, and where the run was taken back
         self.sums = torch.zeros(len(STATISTICS) + 1, device=self.device)  # statistics and how many steps they are of
         self.fixed_z = torch.randn(64, config.latent_dim)  # the samples shown all along
         torch.manual_seed(config.seed + 7919 * self.rank)  # from here on, each process its own randomness
@@ -2064,6 +2072,20 @@ class Training:
         self.step += 1
         self.sums += torch.stack([loss_d, consistency, loss_g, torch.ones_like(loss_g)])
 
+    def any_process(self, answer: bool) -> bool:
+        """Whether any of the processes says yes; all of them must ask."""
+        if self.world == 1:
+            return answer
+        answers = torch.tensor(float(answer), device=self.device)
+        torch.distributed.all_reduce(answers, torch.distributed.ReduceOp.MAX)
+        return bool(answers)
+
+    def is_finite(self) -> bool:
+        """Whether all losses since the last record and all weights are finite. A gradient that is not reaches the weights."""
+        networks = (self.generator, self.discriminator, self.average)
+        tensors = [self.sums] + [p.detach() for network in networks for p in network.parameters()]
+        return not self.any_process(not bool(torch.stack([t.isfinite().all() for t in tensors]).all()))
+
     @torch.no_grad()
     def record(self) -> dict:
         """Append to the history the losses since the last record and the logits of now; returns what it appended."""
@@ -2086,33 +2108,50 @@ class Training:
         with self.autocast():
             return to_uint8(self.average.module(self.fixed_z[:n].to(self.device))).cpu()
 
+    def circumstances(self) -> dict:
+        """What, beside the configuration, decides the last bits of the results."""
+        device = (
+            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        return {"torch": str(torch.__version__), "device": device, "precision": str(self.dtype).removeprefix("torch.")}
+
     def state(self) -> dict:
         """Everything that `restore` needs, as tensors and plain values."""
-        rng = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+        rng["numpy"]["state"]["key"] = rng["numpy"]["state"]["key"].tolist()
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        parts = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler")
-        return {"config": asdict(self.config), "step": self.step, "seconds": self.seconds, "history": self.history,
-                "sums": self.sums, "fixed_z": self.fixed_z, "rng": rng,
-                **{part: getattr(self, part).state_dict() for part in parts}}  # fmt: skip
+        return {"config": asdict(self.config), "circumstances": self.circumstances(), "rng": rng,
+                **{name: getattr(self, name) for name in self.plain}, "sums": self.sums, "fixed_z": self.fixed_z,
+                **{part: getattr(self, part).state_dict() for part in self.parts}}  # fmt: skip
 
-    def restore(self, state: dict):
-        """Go on from a `state`. Raises `BadInput` naming the fields in which its configuration differs."""
+    def restore(self, state: dict) -> str:
+        """Go on from a `state`; returns "", or why the results will not be those of an unbroken run to the last bit.
+
+        Raises `BadInput` naming the fields in which its configuration differs.
+        """
         different = differing_fields(Config(**state["config"]), self.config)
         if different:
             raise BadInput(
                 f"the checkpoint is of another configuration: {different}; choose another out_dir or match it."
             )
-        for part in ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler"):
+        for part in self.parts:
             getattr(self, part).load_state_dict(state[part])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], list(state["history"])
+        for name in self.plain:
+            setattr(self, name, copy.copy(state[name]))
         self.sums, self.fixed_z = state["sums"].to(self.device), state["fixed_z"]
         if self.rank:
             torch.manual_seed(self.config.seed + 7919 * self.rank + 104_729 * self.step)
-            return
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        else:
+            torch.set_rng_state(state["rng"]["cpu"])
+            random.setstate(state["rng"]["python"])
+            key = np.array(state["rng"]["numpy"]["state"]["key"], dtype=np.uint32)
+            np.random.set_state(state["rng"]["numpy"] | {"state": state["rng"]["numpy"]["state"] | {"key": key}})
+            if self.device.type == "cuda" and "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        then, now = state["circumstances"], self.circumstances()
+        changes = [f"{then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+        return f"Not bit for bit an unbroken run: before {'; '.join(changes)}." if changes else ""
 
 
 # %% [markdown]
@@ -2159,16 +2198,27 @@ def written_whole(path: Path):
         partial.unlink(missing_ok=True)
 
 
+def copy_whole(path: Path, to: Path):
+    """Copy a file so that `to` holds all of it or what it held before."""
+    with written_whole(to) as partial:
+        shutil.copyfile(path, partial)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, newest first."""
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
 
 
 def save_checkpoint(run: Training, folder: Path) -> Path:
-    """Write all of `run` to `folder`/checkpoint-STEP.pt, keep the newest two, return the path."""
+    """Write all of `run` to `folder`/checkpoint-STEP.pt, keep the newest two, return the path. Raises `OSError`."""
     path = folder / f"checkpoint-{run.step:09d}.pt"
-    with written_whole(path) as partial:
-        torch.save(run.state(), partial)
+    for killed in folder.glob(".*.partial"):  # while it was being written
+        killed.unlink()
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(run.state(), file)
+        except RuntimeError as error:  # what a full disk becomes when the file is closed after it
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
     for old in checkpoints(folder)[2:]:
         old.unlink()
     return path
@@ -2263,7 +2313,7 @@ class Reporter:
 
         self.run, self.folder, self.drawn = run, folder, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.history))
+        self.write_log()
         self.by_time = bool(run.config.minutes and not run.config.steps)
         total = round(60 * run.config.minutes) if self.by_time else run.config.steps or None
         slow = {} if sys.stderr.isatty() or LIVE else {"mininterval": 10.0, "maxinterval": 30.0}
@@ -2291,9 +2341,17 @@ class Reporter:
             self.handle.update(self.figure)
             self.drawn = time.monotonic()
 
-    def record(self, entry: dict):
+    def write_log(self):
+        """The log as the run knows it: a run that goes on from a checkpoint has forgotten what came after."""
+        lines = sorted(self.run.history + self.run.notes, key=lambda entry: entry["step"])
+        (self.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+
+    def note(self, entry: dict):
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
+
+    def record(self, entry: dict):
+        self.note(entry)
         self.bar.set_postfix_str(f"logits real {entry['real']:+.2f} fake {entry['fake']:+.2f}", refresh=False)
 
     def close(self):
@@ -2345,8 +2403,8 @@ def estimate(run: Training, step_seconds: float) -> str:
 def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
     """Bring `run` to where it stopped: `resume` is a checkpoint, or True for the newest sound one. Returns one line."""
     if not isinstance(resume, bool):
-        run.restore(load_checkpoint(resume))
-        return f"Resumed {resume} at step {run.step:,}."
+        changed = run.restore(load_checkpoint(resume))
+        return f"Resumed {resume} at step {run.step:,}. {changed}".rstrip()
     if not resume:
         if checkpoints(folder):
             raise BadInput(f"{folder} already holds a run; resume it, delete it, or choose another out_dir.")
@@ -2354,28 +2412,138 @@ def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
     told = ""
     for path in checkpoints(folder):
         try:
-            run.restore(load_checkpoint(path))
-            return f"{told}Resumed at step {run.step:,} from {path}."
+            changed = run.restore(load_checkpoint(path))
+            return f"{told}Resumed at step {run.step:,} from {path}. {changed}".rstrip()
         except BadInput as error:
             told += f"Skipped: {error}\n"
     return told.rstrip()
 
 
+@contextlib.contextmanager
+def interrupts_wait():
+    """Gives a list that an interrupt (Ctrl-C, the stop button, SIGTERM) is noted in, so that a step is never cut in two.
+
+    A second interrupt is raised at once. Outside the main thread signals cannot be caught, and nothing is changed.
+    """
+    noted, before = [], {}
+
+    def note(number: int, _):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        numbers = (n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN)
+        before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether `error` says that the GPU's or the computer's memory is used up."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def score(run: Training) -> float | None:
+    """KID (× 1,000, thumbnails) of 1,000 samples of the average; None where torch-fidelity is not installed."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        return None
+    with torch.random.fork_rng():
+        return 1000 * evaluate(sample(run.average.module, 1000), run.images[:5000].cpu(), "thumbnails")["kid"]
+
+
+class Keeper:
+    """Keeps a run safe: writes it to `folder`, tells once what cannot be written, and takes it back if it breaks.
+
+    Only the first process writes; `say` prints there and nowhere else.
+    """
+
+    def __init__(self, run: Training, folder: Path):
+        self.run, self.folder, self.first = run, folder, run.rank == 0
+        self.taken_back, self.troubles, self.saved = 0, set(), time.monotonic()
+
+    def say(self, line: str):
+        if self.first:
+            print(line, flush=True)
+
+    def start(self):
+        """The log, the bar, the figure; and something to go back to. Raises `OSError` where nothing can be written."""
+        if self.first:
+            self.reporter = Reporter(self.run, self.folder)
+            self.report("step")
+            if not checkpoints(self.folder):
+                save_checkpoint(self.run, self.folder)
+
+    def write(self, action: Callable, *arguments):
+        """Do what writes to the disk. Where it fails, that is told once and the run goes on."""
+        if not self.first:
+            return
+        try:
+            action(*arguments)
+            self.troubles.discard(action.__name__)
+        except OSError as error:
+            if action.__name__ not in self.troubles:
+                kept = next(iter(checkpoints(self.folder)), "not there yet")
+                reason = f"{action.__name__.replace('_', ' ')}: {error.strerror or error}"
+                self.say(f"Could not write ({reason}); training goes on. The last checkpoint is {kept}.")
+            self.troubles.add(action.__name__)
+
+    def report(self, method: str, *arguments):
+        """Call a method of the reporter."""
+        if self.first:
+            self.write(getattr(self.reporter, method), *arguments)
+
+    def save(self, scored: bool):
+        """Write a checkpoint and, if the run is `scored`, keep the best by that."""
+        self.saved = time.monotonic()
+        self.write(save_checkpoint, self.run, self.folder)
+        kid = score(self.run) if scored and self.first else None
+        if kid is None:
+            return
+        best = min((note["kid"] for note in self.run.notes if "kid" in note), default=math.inf)
+        self.run.notes.append({"step": self.run.step, "kid": round(kid, 3)})
+        self.report("note", self.run.notes[-1])
+        if kid < best and checkpoints(self.folder):
+            self.write(copy_whole, checkpoints(self.folder)[0], self.folder / "best.pt")
+
+    def take_back(self):
+        """Back to the last checkpoint, on with other random numbers. Raises `BadInput` the fourth time."""
+        run, self.taken_back = self.run, self.taken_back + 1
+        if self.taken_back > 3 or not checkpoints(self.folder):
+            raise BadInput(
+                f"losses or weights were not finite at step {run.step:,}, and going back to the last checkpoint did not "
+                "help; try a lower learning_rate or precision float32."
+            )
+        note = {"step": run.step, "not_finite": self.taken_back}
+        notes, seconds = [*run.notes, note], run.seconds
+        run.restore(load_checkpoint(checkpoints(self.folder)[0]))
+        run.notes, run.seconds = notes, seconds
+        torch.manual_seed(run.config.seed + 7919 * run.rank + 104_729 * run.step + 15_485_863 * self.taken_back)
+        self.say(f"Not finite at step {note['step']:,}: back to step {run.step:,}, on with other random numbers.")
+        self.report("write_log")
+
+
+# %%
 def train(config: Config, resume: bool | str | Path = True) -> Training:
     """Train until `config.steps` or `config.minutes` are reached, or an interrupt; returns the run.
 
     `resume`: True goes on from the newest checkpoint of this configuration if there is one; a path from that
     checkpoint; False refuses to touch a folder that holds a run. Leaves a log, sample grids and checkpoints in
-    `run_folder(config)`. Raises `BadInput` for input that the user must mend, before anything is written, and
-    `FloatingPointError` when the losses are no longer finite.
+    `run_folder(config)`. When losses or weights stop being finite the run goes back to its last checkpoint and on
+    with other random numbers, three times at most. A disk that fills up is told and does not end the run.
+
+    Raises `BadInput` for what the user must mend: input, before anything is written; a batch that does not fit into
+    memory; not being finite for the fourth time. Whatever is raised while training, the run is saved first.
     """
     run, folder = Training(config), run_folder(config)
-    first = run.rank == 0
-    say = print if first else lambda *_, **__: None
-    say(plan(run), flush=True)
+    keeper = Keeper(run, folder)
+    keeper.say(plan(run))
     told = resume_from(run, folder, resume)
     if told:
-        say(told)
+        keeper.say(told)
 
     def finished() -> bool:
         seconds = torch.tensor(run.seconds, device=run.device) if run.world > 1 and config.minutes else run.seconds
@@ -2384,52 +2552,62 @@ def train(config: Config, resume: bool | str | Path = True) -> Training:
         return bool(config.steps and run.step >= config.steps or config.minutes and seconds >= 60 * config.minutes)
 
     if finished():
-        say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
+        keeper.say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
         if LIVE:
             draw_progress(plt.figure(figsize=(11, 3.4)), run)
             plt.show()
         return run
-    if first:
-        reporter = Reporter(run, folder)
-        reporter.step()
+    keeper.start()
     warm = run.step + (3 if config.compile else 1)  # the first steps compile and allocate
-    saved = before = time.monotonic()
-    begun = run.seconds
+    begun, before = run.seconds, time.monotonic()
     try:
-        while not finished():
-            run.train_step()
-            if run.device.type == "cuda" and run.step <= warm + 3:
-                torch.cuda.synchronize()  # only while the estimate is made: later steps need not be waited for
-            now = time.monotonic()
-            run.seconds, before = run.seconds + now - before, now
-            if run.step % RECORD_EVERY == 0:
-                entry = run.record()
-                if not all(math.isfinite(value) for value in entry.values()):
-                    raise FloatingPointError(f"The losses stopped being finite before step {run.step:,}.")
-                if first:
-                    reporter.record(entry)
-            if run.step == warm:
-                warm_seconds = run.seconds
-                if config.compile:
-                    say(f"Compiling took {duration(warm_seconds - begun)}.", flush=True)
-            elif run.step == warm + 3:
-                say(f"Estimate: {estimate(run, (run.seconds - warm_seconds) / 3)}.", flush=True)
-            if first:
-                reporter.step()
-            if first and now - saved > 60 * CHECKPOINT_MINUTES:
-                save_checkpoint(run, folder)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        say(f"Interrupted at step {run.step:,}.")
-    if run.step and not run.history:  # a very short run: say at least once how it went
-        entry = run.record()
-        if first:
-            reporter.record(entry)
-    if first:
-        save_checkpoint(run, folder)
-        save_generator(run.average.module, folder / "generator.safetensors")
-        reporter.close()
-        say(f"Step {run.step:,}, {run.step * config.batch_size:,} images, {duration(run.seconds)}; all in {folder}.")
+        with interrupts_wait() as interrupts:
+            due = stopped = end = False
+            while not end:
+                run.train_step()
+                if run.device.type == "cuda" and run.step <= warm + 3:
+                    torch.cuda.synchronize()  # only while the estimate is made: later steps need not be waited for
+                now = time.monotonic()
+                run.seconds, before = run.seconds + now - before, now
+                on_record = run.step % RECORD_EVERY == 0
+                if run.world == 1 or on_record:  # several processes agree, and only now and then
+                    stopped = run.any_process(bool(interrupts))
+                    due = run.any_process(now - keeper.saved > 60 * CHECKPOINT_MINUTES)
+                end = finished() or stopped
+                if (on_record or due or end) and not run.is_finite():
+                    keeper.take_back()
+                    end = False
+                    continue
+                if on_record:
+                    keeper.report("record", run.record())
+                if run.step == warm:
+                    warm_seconds = run.seconds
+                    if config.compile:
+                        keeper.say(f"Compiling took {duration(warm_seconds - begun)}.")
+                elif run.step == warm + 3:
+                    keeper.say(f"Estimate: {estimate(run, (run.seconds - warm_seconds) / 3)}.")
+                keeper.report("step")
+                if due and not end:
+                    keeper.save(scored=True)
+                    due = False
+        if stopped:
+            keeper.say(f"Interrupted at step {run.step:,}.")
+    except BaseException as error:
+        if not isinstance(error, BadInput):
+            with contextlib.suppress(Exception):  # the error itself is what must be told
+                keeper.save(scored=False)
+        if no_memory(error):
+            raise BadInput(
+                f"the memory of {run.device} is used up with batch_size {config.batch_size}; take "
+                f"{max(1, config.batch_size // 2)}, or a smaller dim or depth. What was trained is kept."
+            ) from error
+        raise
+    if not run.history:  # a very short run: say at least once how it went
+        keeper.report("record", run.record())
+    keeper.save(scored=any("kid" in note for note in run.notes))
+    keeper.write(save_generator, run.average.module, folder / "generator.safetensors")
+    keeper.report("close")
+    keeper.say(f"Step {run.step:,}, {run.step * config.batch_size:,} images, {duration(run.seconds)}; all in {folder}.")
     return run
 
 
@@ -3105,12 +3283,13 @@ def config_from_flags(flags: argparse.Namespace) -> Config:
 
 def command_train(flags: argparse.Namespace):
     config = config_from_flags(flags)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end: save, as on Ctrl-C
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"profile {flags.profile}", flush=True)
-    train(config, resume=flags.resume_from or not flags.no_resume)
+    run = train(config, resume=flags.resume_from or not flags.no_resume)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if run.rank == 0 and not (run_folder(config) / f"checkpoint-{run.step:09d}.pt").exists():
+        raise BadInput("the last checkpoint could not be written, see above; make room and run the same command again.")
 
 
 def command_sample(flags: argparse.Namespace):
@@ -3299,6 +3478,9 @@ def main(argv: list[str]) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     except OSError as error:  # a folder that cannot be written to, a full disk
         print(
             f"error: {error.filename or 'writing'}: {error.strerror or error}; choose another place.", file=sys.stderr

@@ -120,7 +120,7 @@ def test_wrong_sample_arguments(arguments, sentence, finished_run, tmp_path, mon
 
 
 def test_run_of_another_configuration_is_not_continued(finished_run, tmp_path, monkeypatch, capsys):
-    (checkpoint,) = finished_run[0].glob("runs/*/checkpoint-*.pt")
+    checkpoint = max(finished_run[0].glob("runs/*/checkpoint-*.pt"))
     monkeypatch.chdir(tmp_path)
     assert vitgan_nb.main(["train", *TINY, "--seed", "3", "--resume-from", str(checkpoint)]) == 2
     assert "another configuration: seed 0 ≠ 3" in capsys.readouterr().err

@@ -1,0 +1,377 @@
+"""Kills, full disks, numbers that are not finite, interrupts: the run goes on, or can."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, TINY, run_script
+
+import vitgan_nb
+from vitgan_nb import Training, checkpoints, load_checkpoint, run_folder, train
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny configuration whose run is left in an empty folder."""
+    return replace(vitgan_nb.TINY, out_dir=str(tmp_path), steps=12)
+
+
+def weights(run_or_state):
+    state = run_or_state if isinstance(run_or_state, dict) else run_or_state.state()
+    return {part: state[part] for part in (*Training.parts, "sums", "step")}
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(weights(a), weights(b), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+def train_saving_all_the_time(arguments, folder):
+    """The command line in this process, a checkpoint after every step."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    vitgan_nb.CHECKPOINT_MINUTES = 0
+    vitgan_nb.score = lambda run: None
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(vitgan_nb.main(["train", *arguments]))
+
+
+def kill_until(kills, tmp_path):
+    """Start, SIGKILL at a random moment, look at what is there, go on; every run must end as the unbroken one did."""
+    arguments = [*TINY, "--steps", "60"]
+    server = multiprocessing.get_context("forkserver")  # a server that has PyTorch loaded: a start takes a moment
+    server.set_forkserver_preload(["test_never_lose_a_run"])
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        process = server.Process(target=train_saving_all_the_time, args=(arguments, folder))
+        process.start()
+        return process
+
+    def end_of(folder):
+        (run,) = folder.glob("runs/*")
+        assert not list(run.glob(".*.partial")), "a half-written file was left"
+        return load_checkpoint(checkpoints(run)[0])
+
+    warm = server.Process(target=int)
+    warm.start()
+    warm.join()
+    began = time.monotonic()
+    unbroken = start(tmp_path / "unbroken")
+    unbroken.join()
+    assert unbroken.exitcode == 0
+    expected, whole = end_of(tmp_path / "unbroken"), time.monotonic() - began
+    assert expected["step"] == 60
+    moments, killed, finished, cut = random.Random(0), 0, 0, 0
+    while killed < kills:
+        folder = tmp_path / f"run {finished}"
+        process = start(folder)
+        process.join(timeout=whole * moments.random())
+        if process.is_alive():
+            process.kill()
+            process.join()
+            killed += 1
+        for path in folder.glob("runs/*/checkpoint-*.pt"):
+            load_checkpoint(path)  # raises where it is damaged
+        cut += bool(list(folder.glob("runs/*/.*.partial")))
+        if process.exitcode == 0:
+            assert_same(end_of(folder), expected)
+            finished += 1
+    last = start(tmp_path / f"run {finished}")
+    last.join()
+    assert last.exitcode == 0
+    assert_same(end_of(tmp_path / f"run {finished}"), expected)
+    return cut
+
+
+def test_killed_at_thirty_random_moments(tmp_path):
+    assert kill_until(30, tmp_path) > 0, "no kill fell into a write: the test has lost its point"
+
+
+@pytest.mark.slow
+def test_killed_at_a_hundred_random_moments(tmp_path):
+    assert kill_until(100, tmp_path) > 0
+
+
+# ------------------------------------------------------------------------------------------------------ what it remembers
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_n_and_n_steps_are_two_n(tiny, precision):
+    config = replace(tiny, precision=precision, steps=24)
+    unbroken = train(replace(config, out_dir=f"{tiny.out_dir}/unbroken"))
+    train(replace(config, steps=11))
+    assert_same(train(config), unbroken)
+
+
+def test_every_random_generator_goes_on(tiny):
+    random.seed(1)
+    np.random.seed(1)
+    run = Training(tiny)
+    run.train_step()
+    state = run.state()
+    drawn = torch.rand(3).tolist(), random.random(), np.random.rand()
+    Training(tiny).restore(state)
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn
+
+
+def test_another_precision_goes_on_and_says_so(tiny, capsys):
+    train(replace(tiny, steps=2))
+    run = train(replace(tiny, steps=4, precision="bfloat16"))
+    assert run.step == 4 and "Not bit for bit an unbroken run: before float32, now bfloat16." in capsys.readouterr().out
+
+
+def test_two_processes_draw_the_same_losses():
+    program = (
+        "import torch; torch.set_num_threads(1); import vitgan_nb; run = vitgan_nb.Training(vitgan_nb.TINY)\n"
+        "for _ in range(50):\n    run.train_step(); print(run.sums.tolist())\n"
+        "print(vitgan_nb.sample(run.average.module, 4).sum().item())"
+    )
+    both = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).stdout for _ in range(2)]
+    assert both[0] == both[1] and both[0].count(b"\n") == 51
+
+
+def test_the_newest_two_and_the_best_are_kept(tiny, monkeypatch, capsys):
+    scores = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(vitgan_nb, "CHECKPOINT_MINUTES", 0)
+    monkeypatch.setattr(vitgan_nb, "score", lambda run: next(scores))
+    train(replace(tiny, steps=6))
+    folder = run_folder(tiny)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000006.pt", "checkpoint-000000005.pt"]
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
+    noted = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [note["kid"] for note in noted if "kid" in note] == [5.0, 3.0, 4.0, 6.0, 7.0, 8.0]
+
+
+def test_the_score_is_low_for_real_images(tiny, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    run = Training(tiny)
+    before, state = vitgan_nb.score(run), torch.get_rng_state()
+    assert vitgan_nb.score(run) == before and torch.equal(torch.get_rng_state(), state)  # and it draws nothing
+    monkeypatch.setattr(vitgan_nb, "sample", lambda *_: run.held_out)
+    assert vitgan_nb.score(run) < before / 10
+
+
+# ------------------------------------------------------------------------------------------------------ when things fail
+
+
+def test_a_full_disk_does_not_end_the_run(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(vitgan_nb, "CHECKPOINT_MINUTES", 0)
+    monkeypatch.setattr(vitgan_nb, "score", lambda run: None)
+    save, room = torch.save, {"left": 3}
+
+    def full(state, file):
+        room["left"] -= 1
+        if room["left"] < 0 and state["step"] < 12:
+            file.write(b"the first bytes")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    before = set(Path(tiny.out_dir).iterdir())
+    run = train(tiny)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "Could not write" in line]
+    assert run.step == 12 and len(lines) == 1
+    assert "No space left on device" in lines[0] and "checkpoint-000000002.pt" in lines[0]
+    (folder,) = set(Path(tiny.out_dir).iterdir()) - before
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000012.pt", "checkpoint-000000002.pt"]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_disk_that_stays_full_is_an_error_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save = torch.save
+
+    def full(state, file):
+        if state["step"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert vitgan_nb.main(["train", *TINY, "--steps", "3"]) == 2
+    assert "the last checkpoint could not be written" in capsys.readouterr().err
+
+
+def spoil_loss(run):
+    run.sums += math_nan()
+
+
+def spoil_weight(run):
+    with torch.no_grad():
+        next(iter(run.discriminator.parameters())).view(-1)[3] = math_nan()
+
+
+def spoil_gradient(run):
+    next(iter(run.generator.parameters())).grad = torch.full_like(next(iter(run.generator.parameters())), math_nan())
+    run.optimizer_g.step()
+
+
+def math_nan():
+    return float("nan")
+
+
+@pytest.mark.parametrize("spoil", [spoil_loss, spoil_weight, spoil_gradient])
+def test_not_finite_goes_back_and_on(tiny, spoil, monkeypatch, capsys):
+    step, spoilt = Training.train_step, []
+
+    def train_step(run):
+        step(run)
+        if run.step == 7 and not spoilt:
+            spoilt.append(run.step)
+            spoil(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    run = train(tiny)
+    assert run.step == 12 and run.is_finite() and spoilt == [7]
+    assert "Not finite at step 12: back to step 0, on with other random numbers." in capsys.readouterr().out
+    log = [json.loads(line) for line in (run_folder(tiny) / "log.jsonl").read_text().splitlines()]
+    assert {"step": 12, "not_finite": 1} in log
+    clean = train(replace(tiny, out_dir=f"{tiny.out_dir}/clean"))
+    assert not torch.equal(clean.generator.position, run.generator.position)  # it did go on differently
+
+
+def test_the_fourth_time_it_stops_and_nothing_bad_is_saved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    step = Training.train_step
+
+    def train_step(run):
+        step(run)
+        if run.step == 5:
+            spoil_weight(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    assert vitgan_nb.main(["train", *TINY, "--steps", "8"]) == 2
+    told = capsys.readouterr()
+    assert told.out.count("Not finite at step 8") == 3 and "try a lower learning_rate" in told.err
+    (checkpoint,) = tmp_path.glob("runs/*/checkpoint-*.pt")
+    assert load_checkpoint(checkpoint)["step"] == 0
+
+
+@pytest.mark.parametrize("error", [ValueError("something else"), SystemExit(3)])
+def test_whatever_is_raised_the_run_is_saved_first(tiny, error, monkeypatch):
+    step = Training.train_step
+
+    def train_step(run):
+        if run.step == 5:
+            raise error
+        step(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    with pytest.raises(type(error)):
+        train(tiny)
+    monkeypatch.undo()
+    assert load_checkpoint(checkpoints(run_folder(tiny))[0])["step"] == 5
+    assert_same(train(tiny), train(replace(tiny, out_dir=f"{tiny.out_dir}/unbroken")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")],
+)
+def test_out_of_memory_says_what_to_change(tmp_path, error, monkeypatch, capsys):
+    def train_step(run):
+        raise error
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    monkeypatch.chdir(tmp_path)
+    assert vitgan_nb.main(["train", *TINY]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "used up with batch_size 4; take 2" in told
+
+
+def test_a_second_interrupt_is_raised_at_once():
+    with pytest.raises(KeyboardInterrupt), vitgan_nb.interrupts_wait() as noted:
+        signal.raise_signal(signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_without_home_and_into_a_place_that_cannot_be_written(tmp_path):
+    process = run_script("train", *TINY, "--steps", 2, cwd=tmp_path, HOME="/nonexistent")
+    assert process.returncode == 0, process.stderr
+    process = run_script("train", *TINY, "--steps", 2, "--out-dir", "/proc/nowhere", cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- in the notebook
+
+
+class Kernel:
+    """A real kernel."""
+
+    def __init__(self, folder):
+        from jupyter_client.manager import start_new_kernel
+
+        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+
+    def start(self, code):
+        return self.client.execute(code)
+
+    def finish(self, message, wait_for=None):
+        """The text that a cell printed, up to the words `wait_for` or to its end; errors are raised."""
+        text = ""
+        while True:
+            received = self.client.get_iopub_msg(timeout=120)
+            if received["parent_header"].get("msg_id") != message:
+                continue
+            if received["msg_type"] == "stream":
+                text += received["content"]["text"]
+            assert received["msg_type"] != "error", received["content"]["traceback"]
+            if received["msg_type"] == "status" and received["content"]["execution_state"] == "idle":
+                return text
+            if wait_for and wait_for in text:
+                return text
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    kernel = Kernel(tmp_path)
+    yield kernel
+    kernel.client.stop_channels()
+    kernel.manager.shutdown_kernel(now=True)
+
+
+def test_interrupting_the_kernel_returns_the_run(kernel):
+    prepare = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import vitgan_nb as v\nfrom dataclasses import replace"
+    kernel.finish(kernel.start(prepare))
+    training = kernel.start("run = v.train(replace(v.TINY, steps=0))")
+    kernel.finish(training, wait_for="Estimate")
+    time.sleep(0.5)
+    kernel.manager.interrupt_kernel()
+    text = kernel.finish(training)
+    step = int(re.search(r"Interrupted at step (\d+)", text)[1])
+    assert kernel.finish(kernel.start("print(run.step, v.sample(run.average.module, 2).shape)")).startswith(f"{step} ")
+    kernel.manager.restart_kernel(now=True)  # and all over again, as after a disconnect
+    kernel.client.wait_for_ready(timeout=60)
+    kernel.finish(kernel.start(prepare))
+    text = kernel.finish(kernel.start(f"run = v.train(replace(v.TINY, steps={step + 3}))"))
+    assert f"Resumed at step {step}" in text
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_drive_is_used_when_asked_for_and_only_then(asked, monkeypatch, capsys):
+    mounted = []
+    drive = type("Drive", (), {"mount": staticmethod(mounted.append)})
+    monkeypatch.setitem(sys.modules, "google.colab", type("Colab", (), {"drive": drive}))
+    (cell,) = (c for c in SCRIPT.read_text().split("\n# %%") if "drive.mount" in c)
+    names = vars(vitgan_nb) | {
+        "LIVE": True, "PROFILE": "smoke", "DATASET": "shapes", "FOLDER": "", "MINUTES": 0, "SAVE_TO_DRIVE": asked
+    }  # fmt: skip
+    exec(cell.split("\n", 1)[1], names)
+    assert mounted == (["/content/drive"] if asked else [])
+    assert names["config"].out_dir == ("/content/drive/MyDrive/vitgan" if asked else "runs")
