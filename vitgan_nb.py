@@ -230,6 +230,7 @@ class Config:
         pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
         need(pair and all(finite(b) and 0 <= b < 1 for b in self.betas), "betas", "two numbers from 0 to below 1")
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
+        need(self.seed < 2**32, "seed", "below 2³²")
         need(self.learning_rate > 0, "learning_rate", "above 0")
         need(self.omega_0 > 0, "omega_0", "above 0")
         need(self.patch_size % 2 == 0, "patch_size", "even, because patches overlap by half")
@@ -2158,8 +2159,12 @@ class Training:
 # **Checkpoints.** Colab ends a session when it likes, so a run must be able to go on as if nothing had happened. That
 # takes more than weights: without the optimizers' state the first steps after a resume are wild, without the random
 # generators' the run is another run. A checkpoint is written beside its final name and renamed, so it is never half there;
-# the newest two are kept. `torch.load` unpickles, and a pickle can run any program: `weights_only=True` allows
-# tensors and plain values and nothing else.
+# the newest two are kept, and the one with the best score (section 22) as `best.pt`. `torch.load` unpickles, and a pickle
+# can run any program: `weights_only=True` allows tensors and plain values and nothing else.
+#
+# On one CPU with one number of threads, the seed decides every bit, and a resumed run equals an unbroken one. On a GPU
+# it does not: some of its sums are added up in whatever order they finish, and after some hundred steps two runs with the
+# same seed differ as two seeds do. Going on with another device, precision or PyTorch works too and says so.
 #
 # A run's folder is named after the configuration. Change the configuration, and a new folder starts.
 
@@ -2236,13 +2241,14 @@ def load_checkpoint(path: Path | str) -> dict:
         raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}).") from error
 
 
-def save_generator(generator: Generator, path: Path):
+def save_generator(generator: Generator, path: Path, dtype: torch.dtype = torch.float32):
     """Write the weights as safetensors, with the configuration in the metadata; `load_generator` reads it."""
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in generator.state_dict().items()}
     with written_whole(path) as partial:
         save_file(state, partial, metadata={"config": json.dumps(asdict(generator.config))})
+        partial.chmod(0o644)  # the library's files are readable by their owner only
 
 
 def load_generator(path: Path | str) -> Generator:
@@ -2275,8 +2281,12 @@ def load_generator(path: Path | str) -> Generator:
 
 # %% [markdown]
 # **The loop** prints what it is about to do and how long that takes, then trains; every ten seconds it redraws one
-# figure. Interrupt the kernel whenever you like: what there is gets saved and returned, and running the cell again goes
-# on from there.
+# figure. Interrupt the kernel whenever you like: the step is finished, what there is gets saved and returned, and
+# running the cell again goes on from there.
+#
+# A GAN can break down within one step: a logit overflows, the loss becomes NaN, and with it every weight. So losses and
+# weights are looked at before anything is saved; when they are not finite, the run goes back to its last checkpoint and
+# on with other random numbers, three times at most.
 
 
 # %%
@@ -2451,7 +2461,7 @@ def score(run: Training) -> float | None:
     """KID (× 1,000, thumbnails) of 1,000 samples of the average; None where torch-fidelity is not installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
         return None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), contextlib.suppress(BadInput, OSError):
         return 1000 * evaluate(sample(run.average.module, 1000), run.images[:5000].cpu(), "thumbnails")["kid"]
 
 
@@ -2760,6 +2770,8 @@ def sample_batches(generator: Generator, n: int, seed: int, truncation: float) -
     """The images of `sample`, a hundred at a time: what does not fit into memory can go to disk as it comes."""
     if not (type(n) is int and n >= 1):
         raise BadInput(f"n is {n!r}, but must be a whole number, 1 or more.")
+    if not (type(seed) is int and 0 <= seed < 2**32):
+        raise BadInput(f"seed is {seed!r}, but must be a whole number from 0 to below 2³².")
     if not (isinstance(truncation, (int, float)) and 0 <= truncation <= 1):
         raise BadInput(f"truncation is {truncation!r}, but must be a number from 0 to 1.")
     device = next(generator.parameters()).device
@@ -2834,7 +2846,7 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
             input1=Images(samples), input2=Images(real), cuda=torch.cuda.is_available(), verbose=False,
             fid=True, kid=True, prc=True, isc=inception, kid_subset_size=min(1000, least),
             feature_extractor=None if inception else thumbnails_extractor(), save_cpu_ram=True,
-            input2_cache_name=f"vitgan-{digest}" if inception else None,
+            input2_cache_name=f"vitgan-{extractor}-{digest}",  # statistics of the real images are computed once
         )  # fmt: skip
     except OSError as error:
         raise BadInput(
@@ -3257,7 +3269,7 @@ def how_cost_grows():
 # %% [markdown]
 # ## The command line
 #
-# Outside a notebook this file is a program: `python vitgan_nb.py train|sample|evaluate|benchmark --help`.
+# Outside a notebook this file is a program: `python vitgan_nb.py train|sample|export|evaluate|benchmark --help`.
 
 
 # %%
@@ -3321,6 +3333,14 @@ def command_sample(flags: argparse.Namespace):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{number:06d}.png")
                 number += 1
     print(f"{flags.n:,} images in {out}")
+
+
+def command_export(flags: argparse.Namespace):
+    out = Path(flags.out)
+    if out.suffix != ".safetensors":
+        raise BadInput(f"out is {flags.out!r}, but must end in .safetensors.")
+    save_generator(load_generator(flags.weights), out, torch.bfloat16)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
 def command_evaluate(flags: argparse.Namespace):
@@ -3463,6 +3483,9 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--out", default="samples.png", help="a grid (.png), an array (.npz) or a folder")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--truncation", type=float, default=1.0, help="0 (one typical image) to 1 (all variety)")
+    sub = command("export", command_export, "write the generator of a run alone, in bfloat16")
+    sub.add_argument("--weights", required=True, help="a checkpoint or a run's folder")
+    sub.add_argument("--out", required=True, help="a .safetensors file")
     sub = command("evaluate", command_evaluate, "FID, KID, IS, precision and recall of a trained generator")
     sub.add_argument("--weights", required=True, help="a .safetensors file, a checkpoint or a run's folder")
     sub.add_argument("--n", type=int, default=50_000, help="how many samples")

@@ -1,9 +1,16 @@
 """Wrong input: one sentence that names the value, exit status 2, no traceback, nothing left behind."""
 
+import struct
+import zlib
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from conftest import TINY, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import vitgan_nb
 from vitgan_nb import BadInput, Config, read_folder
@@ -34,6 +41,25 @@ CONFIGURATIONS = [
     ("--dim many", "invalid int value: 'many'"),
     ("--colour red", "unrecognized arguments: --colour red"),
     ("--resume-from nowhere.pt", "nowhere.pt does not exist"),
+    ("--resume-from .", ". is damaged or not a checkpoint"),
+    ("--heads 0", "heads is 0"),
+    ("--mlp-ratio 0", "mlp_ratio is 0"),
+    ("--latent-dim -2", "latent_dim is -2"),
+    ("--mapping-depth 0", "mapping_depth is 0"),
+    ("--siren-dim 0", "siren_dim is 0"),
+    ("--siren-depth 0", "siren_depth is 0"),
+    ("--omega-0 nan", "omega_0 is nan"),
+    ("--bcr-fake inf", "bcr_fake is inf"),
+    ("--learning-rate -0.1", "learning_rate is -0.1"),
+    ("--betas 0.5 -0.1", "betas is [0.5, -0.1]"),
+    ("--betas 0.5", "expected 2 arguments"),
+    ("--ema-half-life 0", "ema_half_life is 0"),
+    ("--seed -1", "seed is -1"),
+    ("--seed 4294967296", "seed is 4294967296, but must be below 2³²"),
+    ("--minutes -3", "minutes is -3.0"),
+    ("--augment color;cutout", "augment is 'color;cutout'"),
+    ("--batch-size 1.5", "invalid int value: '1.5'"),
+    ("--dataset folder --data-root vitgan_nb.py", "vitgan_nb.py is not a folder"),
 ]
 
 
@@ -44,6 +70,56 @@ def test_wrong_flags(flags, sentence, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_value_is_taken_or_named(data):
+    """Whatever is put into a field: a sound `Config`, or one sentence with the field's name and the value."""
+    name = data.draw(st.sampled_from([f.name for f in fields(Config)]))
+    value = data.draw(
+        st.one_of(st.integers(), st.floats(), st.text(max_size=9), st.booleans(), st.none(), st.lists(st.floats()))
+    )
+    try:
+        config = Config(**{name: value})
+    except BadInput as error:
+        related = {"image_size": "patch_size", "dim": "heads"}
+        assert str(error).count("\n") == 0 and str(error).endswith(".")
+        assert name in str(error) or any(name == b and a in str(error) for a, b in related.items()), error
+        assert repr(value) in str(error) or name in related.values()
+    else:
+        assert config.image_size % config.patch_size == 0 and config.dim % config.heads == 0
+        assert config == replace(config) and isinstance(hash(config), int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=4))
+def test_a_damaged_checkpoint_is_refused_or_whole(cut, flips, finished_run, tmp_path_factory):
+    """Cut anywhere, bytes changed anywhere: refused in one sentence, or what it holds loads; never anything else."""
+    whole = max(finished_run[0].glob("runs/*/checkpoint-*.pt")).read_bytes()
+    damaged = bytearray(whole[: int(cut * len(whole)) or 1] if cut < 0.9 else whole)
+    for place, change in flips:
+        damaged[int(place * (len(damaged) - 1))] ^= change
+    path = tmp_path_factory.mktemp("damaged") / "checkpoint-000000001.pt"
+    path.write_bytes(damaged)
+    try:
+        state = vitgan_nb.load_checkpoint(path)
+    except BadInput as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert isinstance(state["step"], int)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    content=st.binary(max_size=300),
+    head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"BM"]),
+)
+def test_any_bytes_are_an_image_or_named(content, head, tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "picture.png"
+    path.write_bytes(head + content)
+    with pytest.raises(BadInput, match="picture.png cannot be read as an image"):
+        vitgan_nb.read_image(path, 16)
 
 
 @pytest.mark.parametrize("wrong", [dict(dim=96.0), dict(demodulate=1), dict(dataset=None), dict(betas=0.5)])
@@ -89,6 +165,49 @@ def test_folder_with_broken_images_names_them(tmp_path):
         read_folder(tmp_path, 16)
 
 
+def png_header(width, height):
+    """The start of a PNG file that says it is this large."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("huge.png", png_header(20_000, 20_000)),
+        ("large and cut off.png", png_header(14_000, 14_000)),
+        ("empty.png", b""),
+        ("nothing but a header.png", png_header(8, 8)),
+        ("no width.png", png_header(0, 8)),
+        ("text.gif", b"GIF89a but not really"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_hostile_images_are_named(name, content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert vitgan_nb.main(["train", *TINY, "--dataset", "folder", "--data-root", "images"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error and [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_more_odd_images_are_read(tmp_path, capsys):
+    palette = Image.new("P", (20, 20), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "a palette.png")
+    palette.save(tmp_path / "b clear palette.png", transparency=1)
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("green", "blue")]
+    frames[0].save(tmp_path / "c animated.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (1, 1), "blue").save(tmp_path / "d one pixel.png")
+    Image.new("RGB", (400, 2), "red").save(tmp_path / "e strip.png")
+    Image.new("1", (20, 20), 1).save(tmp_path / "f bilevel.png")
+    images = read_folder(tmp_path, 16)
+    colours = images[:, :, 8, 8].tolist()
+    assert colours == [[255, 0, 0], [255, 255, 255], [0, 128, 0], [0, 0, 255], [255, 0, 0], [255, 255, 255]]
+
+
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no images here")
     with pytest.raises(BadInput, match="holds no image"):
@@ -105,12 +224,22 @@ def test_empty_folder(tmp_path):
         ("--weights damaged.safetensors", "holds no ViTGAN generator"),
         ("--weights damaged.pt", "is damaged or not a checkpoint"),
         ("--weights .", "holds no checkpoint"),
+        ("--n -3", "n is -3"),
+        ("--n many", "invalid int value: 'many'"),
+        ("--truncation -0.1", "truncation is -0.1"),
+        ("--truncation nan", "truncation is nan"),
+        ("--seed -1", "seed is -1"),
+        ("--out damaged.pt/grid.png", "damaged.pt"),
+        ("--weights empty.safetensors", "holds no ViTGAN generator"),
+        ("--weights another.safetensors", "holds no ViTGAN generator"),
     ],
 )
 def test_wrong_sample_arguments(arguments, sentence, finished_run, tmp_path, monkeypatch, capsys):
     (weights,) = finished_run[0].glob("runs/*/generator.safetensors")
     for name in ("damaged.safetensors", "damaged.pt"):
         (tmp_path / name).write_bytes(weights.read_bytes()[:999])
+    (tmp_path / "empty.safetensors").touch()
+    save_file({"weight": torch.ones(2)}, tmp_path / "another.safetensors")
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     assert vitgan_nb.main(["sample", "--weights", str(weights), *arguments.split()]) == 2

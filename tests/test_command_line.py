@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,10 @@ def test_sample_and_evaluate(finished_run, tmp_path, capsys):
     capsys.readouterr()
     assert vitgan_nb.main(["evaluate", "--weights", weights, "--n", "100", "--extractor", "thumbnails"]) == 0
     numbers = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert vitgan_nb.main(["export", "--weights", folder, "--out", str(tmp_path / "half.safetensors")]) == 0
+    half = vitgan_nb.sample(vitgan_nb.load_generator(tmp_path / "half.safetensors"), 7).permute(0, 2, 3, 1).numpy()
+    assert np.abs(half.astype(int) - a).mean() < 3 and (half != a).any()
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.7 * Path(weights).stat().st_size
     assert numbers["samples"] == 100 and numbers["real"] == 10_000 and numbers["kid"] > 0
 
 
@@ -116,7 +121,7 @@ def test_two_processes_train_one_model(tmp_path):
     assert only(tmp_path, "runs/*/checkpoint-000000022.pt")
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "benchmark"])
+@pytest.mark.parametrize("command", ["train", "sample", "export", "evaluate", "benchmark"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         vitgan_nb.main([command, "--help"])
@@ -184,3 +189,20 @@ def test_float16_scales_its_losses():
     for _ in range(4):
         run.train_step()
     assert run.sums.isfinite().all() and all(p.isfinite().all() for p in run.generator.parameters())
+
+
+def test_statistics_of_the_real_images_are_computed_once(monkeypatch, tmp_path):
+    """The cache of torch-fidelity, through the stand-in: the second time, only the samples pass through the network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    vitgan_nb.thumbnails_extractor()
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    thumbnails, seen = FEATURE_EXTRACTORS_REGISTRY["thumbnails"], []
+    forward = thumbnails.forward
+    monkeypatch.setattr(
+        thumbnails, "forward", lambda self, images: (seen.append(len(images)), forward(self, images))[1]
+    )
+    real, samples = vitgan_nb.draw_shapes(300, 16, seed=1), vitgan_nb.draw_shapes(100, 16, seed=2)
+    first = vitgan_nb.evaluate(samples, real, "thumbnails")
+    once = sum(seen)
+    assert vitgan_nb.evaluate(samples, real, "thumbnails") == first and sum(seen) - once < once / 2

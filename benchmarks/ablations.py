@@ -1,0 +1,149 @@
+"""Train `smoke` with one technique taken out at a time, and leave samples of each to be measured.
+
+    python benchmarks/ablations.py [--only NAME] [--images 32000] [--seeds 0 1] [--out runs/ablations]
+
+Each run leaves OUT/NAME-SEED.npz, 2,000 samples as uint8 (N, 32, 32, 3), and prints one line of JSON. Runs whose samples
+are there already are skipped.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import vitgan_nb as v
+
+
+class SeparatePatchEmbedding(v.OverlappingPatchEmbedding):
+    """Patches of P × P that do not touch."""
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__(patch_size, dim)
+        self.linear = v.EqualizedLinear(3 * patch_size**2, dim)
+
+    def cut(self, images: Tensor) -> Tensor:
+        return F.unfold(images, kernel_size=self.patch_size, stride=self.patch_size).transpose(1, 2)
+
+
+class PlainSpectralNorm(v.ImprovedSpectralNorm):
+    """W / σ(W) (Miyato et al. 2018): every layer, its gain included, is as steep as 1."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.sigma_init.fill_(math.sqrt(weight.shape[1]))  # undoes the gain 1 / √in of `EqualizedLinear`
+
+
+class PlainLayerNorm(nn.LayerNorm):
+    """LayerNorm with a scale and a shift of its own, blind to the style."""
+
+    def __init__(self, dim: int, w_dim: int):
+        super().__init__(dim)
+
+    def forward(self, h: Tensor, w: Tensor) -> Tensor:
+        return super().forward(h)
+
+
+class StyleAddedGenerator(v.Generator):
+    """The style is added to the tokens at the start."""
+
+    def tokens(self, w: Tensor) -> Tensor:
+        h = torch.sin(self.position) + w[:, None]  # (B, N, D)
+        for block in self.blocks:
+            h = block(h, w)
+        return self.norm(h, w)
+
+
+class LinearDecoder(nn.Module):
+    """All pixels of a patch by one linear layer."""
+
+    def __init__(self, style_dim: int, dim: int, depth: int, omega_0: float, demodulate: bool):
+        super().__init__()
+        self.linear = v.EqualizedLinear(style_dim, 4 * 4 * 3)
+
+    def forward(self, y: Tensor, positions: Tensor) -> Tensor:
+        return self.linear(y).unflatten(-1, (len(positions), 3))
+
+
+class NotAugmentedTraining(v.Training):
+    """The adversarial losses see the images as they are; the consistency still has transformed copies."""
+
+    def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), self.autocast():
+            fake = self.generator(self.latents(len(real))).float()
+        plain = torch.cat([real, fake])
+        with self.autocast():
+            logits = self.discriminator(torch.cat([plain, v.diff_augment(plain, self.config.augment)])).float()
+        real_plain, fake_plain, real_augmented, fake_augmented = logits.chunk(4)
+        consistency = v.balanced_consistency(real_plain, real_augmented, self.config.bcr_real)
+        consistency = consistency + v.balanced_consistency(fake_plain, fake_augmented, self.config.bcr_fake)
+        return v.discriminator_loss(real_plain, fake_plain), consistency
+
+    def generator_objective(self) -> Tensor:
+        with self.autocast():
+            return v.generator_loss(self.discriminator(self.generator(self.latents(self.config.batch_size))).float())
+
+
+ABLATIONS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
+    "as it is": ({}, {}),
+    "dot-product attention": ({"L2Attention": v.SelfAttention}, {}),
+    "plain spectral norm": ({"ImprovedSpectralNorm": PlainSpectralNorm}, {}),
+    "no spectral norm": ({"improved_spectral_norm": lambda module: module}, {}),
+    "no overlap": ({"OverlappingPatchEmbedding": SeparatePatchEmbedding}, {}),
+    "no bCR": ({}, {"bcr_real": 0.0, "bcr_fake": 0.0}),
+    "no DiffAugment": ({"Training": NotAugmentedTraining}, {}),
+    "LayerNorm, w added": ({"SelfModulatedLayerNorm": PlainLayerNorm, "Generator": StyleAddedGenerator}, {}),
+    "linear patch decoder": ({"Siren": LinearDecoder}, {}),
+}
+
+
+def train_without(name: str, images: int, seed: int) -> tuple[dict, np.ndarray]:
+    """Train for `images` images with ablation `name`; what it came to, and 2,000 samples (N, H, W, 3), uint8."""
+    changed, fields = ABLATIONS[name]
+    kept = {attribute: getattr(v, attribute) for attribute in changed}
+    for attribute, value in changed.items():
+        setattr(v, attribute, value)
+    try:
+        run = v.Training(replace(v.PROFILES["smoke"], dataset="cifar10", seed=seed, steps=0, **fields))
+        start = time.perf_counter()
+        while run.step * run.config.batch_size < images:
+            run.train_step()
+        entry = run.record()
+        seconds = round(time.perf_counter() - start)
+        samples = v.sample(run.average.module, 2000).permute(0, 2, 3, 1).numpy()
+    finally:
+        for attribute, value in kept.items():
+            setattr(v, attribute, value)
+    logits = {key: round(entry[key], 2) for key in v.LOGITS}
+    return {"name": name, "seed": seed, "images": entry["images"], "seconds": seconds, **logits}, samples
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=ABLATIONS)
+    parser.add_argument("--images", type=int, default=32_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    flags = parser.parse_args()
+    flags.out.mkdir(parents=True, exist_ok=True)
+    for seed in flags.seeds:
+        for name in [flags.only] if flags.only else ABLATIONS:
+            path = flags.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}.npz"
+            if path.exists():
+                continue
+            line, samples = train_without(name, flags.images, seed)
+            with v.written_whole(path) as partial, open(partial, "wb") as file:
+                np.savez_compressed(file, images=samples)
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
