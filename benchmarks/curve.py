@@ -1,0 +1,50 @@
+"""Train up to each of several image counts and leave samples at each, to be measured: how quality grows with images seen.
+
+    python benchmarks/curve.py --profile smoke --images 25000 50000 100000 200000 [--seed 0] [--n 10000] [--out runs/curve]
+
+Leaves OUT/PROFILE-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of JSON for
+each. Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import vitgan_nb as v
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=v.PROFILES, default="smoke")
+    parser.add_argument("--images", type=int, nargs="+", required=True, help="in ascending order")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, help="instead of the profile's")
+    parser.add_argument("--learning-rate", type=float, help="instead of the profile's")
+    parser.add_argument("--out", type=Path, default=Path("runs/curve"))
+    flags = parser.parse_args()
+    names = ("batch_size", "learning_rate")
+    changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    config = replace(v.PROFILES[flags.profile], dataset="cifar10", seed=flags.seed, minutes=0.0, **changes)
+    config = replace(config, out_dir=str(flags.out))
+    for images in flags.images:
+        path = flags.out / f"{flags.profile}-{flags.seed}-{images:09d}.npz"
+        if path.exists():
+            continue
+        run = v.train(replace(config, steps=images // config.batch_size))
+        if run.step < images // config.batch_size:
+            sys.exit("interrupted; run the same command again to go on")
+        with v.written_whole(path) as partial, open(partial, "wb") as file:
+            samples = v.sample(run.average.module, flags.n).permute(0, 2, 3, 1).numpy()
+            np.savez_compressed(file, images=samples)
+        line = {"images": run.step * config.batch_size, "seconds": round(run.seconds), "samples": str(path)}
+        print(json.dumps(line | {name: round(run.history[-1][name], 2) for name in v.LOGITS}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
