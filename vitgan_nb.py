@@ -896,10 +896,10 @@ class GeneratorBlock(nn.Module):
 
 
 # %% [markdown]
-# **The only input is the sine of a position embedding**, one learned vector per patch: $h_0 = \sin(E_\text{pos})$. The
-# sine keeps it in $[-1, 1]$, whatever training does to it. We let it start as random waves across the image,
-# $E_\text{pos} = \omega_x x + \omega_y y + \varphi$, so that neighbouring patches start out alike; from there every
-# entry is free. Below, six of the $D$ features at the start, drawn over the 8 × 8 patches.
+# **The only input is the sine of a position embedding**, $h_0 = \sin(E_\text{pos})$, a linear map of where the patch is:
+# each of the $D$ features is a wave across the image, $E_\text{pos}(v) = A v + b$ with $v = (x, y) \in [-1, 1]^2$ the
+# patch's centre. Direction, frequency and phase are learned, three numbers a feature: so neighbouring patches start out
+# alike, and stay related. Below, six of the features at the start, drawn over the 8 × 8 patches.
 
 
 # %%
@@ -910,15 +910,17 @@ def patch_centres(side: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)  # (side², 2)
 
 
-def waves(side: int, dim: int) -> Tensor:
-    """The start of a position embedding: random plane waves over side × side patches, (side², dim), in radians."""
-    frequency, phase = math.pi * torch.randn(2, dim), 2 * math.pi * torch.rand(dim)
-    return patch_centres(side) @ frequency + phase  # (N, D)
+def waves(features: int, frequency: float) -> EqualizedLinear:
+    """A layer from positions (M, 2) to angles (M, features): random plane waves of about `frequency` radians per unit."""
+    layer = EqualizedLinear(2, features)
+    nn.init.normal_(layer.weight, std=frequency / layer.weight_gain)
+    nn.init.uniform_(layer.bias, -math.pi, math.pi)
+    return layer
 
 
 @demo
 def sine_of_the_position_embedding():
-    features = waves(8, 6).sin().T.reshape(6, 8, 8)
+    features = waves(6, math.pi)(patch_centres(8)).sin().detach().T.reshape(6, 8, 8)
     _, axes = plt.subplots(1, 6, figsize=(9, 1.7))
     for axis, feature in zip(axes, features, strict=True):
         axis.imshow(feature, cmap="RdBu", vmin=-1, vmax=1)
@@ -964,7 +966,7 @@ def test_generator_block_is_its_two_equations():
 @check
 def test_position_embedding_starts_smooth():
     """Position embedding: neighbouring patches start out more alike than distant ones"""
-    h = waves(8, 512).sin().reshape(8, 8, 512)
+    h = waves(512, math.pi)(patch_centres(8)).sin().reshape(8, 8, 512)
     assert (h[:, 1:] - h[:, :-1]).norm(dim=-1).mean() < 0.8 * (h[:, 4:] - h[:, :-4]).norm(dim=-1).mean()
 
 
@@ -992,9 +994,7 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, out_features: int):
         super().__init__()
-        self.wave = EqualizedLinear(2, out_features)
-        nn.init.normal_(self.wave.weight, std=math.pi * math.sqrt(2) / 8)  # in use: an eighth of a turn across a patch
-        nn.init.uniform_(self.wave.bias, -math.pi, math.pi)
+        self.wave = waves(out_features, math.pi / 8)  # an eighth of a turn across a patch
 
     def forward(self, v: Tensor) -> Tensor:
         return torch.sin(self.wave(v))  # (M, out_features)
@@ -1209,7 +1209,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config, dim = config, config.dim
         self.mapping = MappingNetwork(config.latent_dim, dim, config.mapping_depth)
-        self.position = nn.Parameter(waves(config.grid, dim))  # (N, D)
+        self.position = waves(dim, math.pi)
         self.blocks = nn.ModuleList(
             GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
         )
@@ -1222,7 +1222,8 @@ class Generator(nn.Module):
 
     def tokens(self, w: Tensor) -> Tensor:
         """Styles (B, D) -> one vector for each patch, (B, N, D)."""
-        h = torch.sin(self.position).expand(len(w), -1, -1)  # (B, N, D)
+        angles = self.position(patch_centres(self.config.grid, w.device))  # (N, D)
+        h = torch.sin(angles).expand(len(w), -1, -1)  # (B, N, D)
         for block in self.blocks:
             h = block(h, w)  # (B, N, D)
         return self.norm(h, w)  # (B, N, D)
@@ -3089,7 +3090,7 @@ def test_gelu_after_the_head_is_the_plateau():
 # | part | paper | blog post and its repository | authors' PyTorch code | here, and why |
 # |---|---|---|---|---|
 # | discriminator | ViT | ViT, never trained to a result | StyleGAN2's residual network | ViT |
-# | only input of the generator | sine of a linear map of the patches' positions | learned vectors | same | sine of one free vector per patch that starts as such waves: the same start, and no patch is tied to its neighbours for ever |
+# | only input of the generator | sine of a linear map of the patches' positions | learned vectors | same | same as the paper |
 # | SLN | scale γ | scale γ, one norm for both halves of a block | 1 + γ | 1 + γ, one norm each: γ = 0 then is LayerNorm |
 # | generator block | pre-norm | the MLP's output is thrown away | residual taken after the norm | same as the paper |
 # | activation of the MLP | not said | GELU | SiLU | GELU, as in ViT |

@@ -56,7 +56,7 @@ class StyleAddedGenerator(v.Generator):
     """The style is added to the tokens at the start."""
 
     def tokens(self, w: Tensor) -> Tensor:
-        h = torch.sin(self.position) + w[:, None]  # (B, N, D)
+        h = torch.sin(self.position(v.patch_centres(self.config.grid, w.device))) + w[:, None]  # (B, N, D)
         for block in self.blocks:
             h = block(h, w)
         return self.norm(h, w)
