@@ -32,11 +32,12 @@ def main():
     changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     config = replace(v.PROFILES[flags.profile], dataset="cifar10", seed=flags.seed, minutes=0.0, **changes)
     config = replace(config, out_dir=str(flags.out))
+    run = True  # the first time from its checkpoint, if there is one
     for images in flags.images:
         path = flags.out / f"{flags.profile}-{flags.seed}-{images:09d}.npz"
         if path.exists():
             continue
-        run = v.train(replace(config, steps=images // config.batch_size))
+        run = v.train(replace(config, steps=images // config.batch_size), resume=run)
         if run.step < images // config.batch_size:
             sys.exit("interrupted; run the same command again to go on")
         with v.written_whole(path) as partial, open(partial, "wb") as file:

@@ -116,6 +116,8 @@ def test_n_and_n_steps_are_two_n(tiny, precision):
     unbroken = train(replace(config, out_dir=f"{tiny.out_dir}/unbroken"))
     train(replace(config, steps=11))
     assert_same(train(config), unbroken)
+    half = train(replace(config, steps=11, out_dir=f"{tiny.out_dir}/in memory"))
+    assert_same(train(replace(config, out_dir=half.config.out_dir), resume=half), unbroken)
 
 
 def test_every_random_generator_goes_on(tiny):
