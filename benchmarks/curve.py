@@ -38,8 +38,8 @@ def main():
         if path.exists():
             continue
         run = v.train(replace(config, steps=images // config.batch_size), resume=run)
-        if run.step < images // config.batch_size:
-            sys.exit("interrupted; run the same command again to go on")
+        if run.step != images // config.batch_size:
+            sys.exit(f"stopped at step {run.step:,}, which is not that of {images:,} images")
         with v.written_whole(path) as partial, open(partial, "wb") as file:
             samples = v.sample(run.average.module, flags.n).permute(0, 2, 3, 1).numpy()
             np.savez_compressed(file, images=samples)

@@ -112,9 +112,7 @@ MISTAKES = [
     (
         "an average over an exhausted iterator",
         "test_moving_average",
-        [("    average.update_parameters(generator)\n",
-          "    used_up = iter(generator.parameters())\n    list(used_up)\n"
-          "    for mean, now in zip(average.module.parameters(), used_up):\n        mean.lerp_(now, 1 - decay)\n")],
+        [("    move(old, new, None)", "    new = iter(new)\n    list(new)\n    move(old, list(new) or old, None)")],
     ),
     (
         "real images in [0, 1]",

@@ -137,6 +137,56 @@ def test_another_precision_goes_on_and_says_so(tiny, capsys):
     assert run.step == 4 and "Not bit for bit an unbroken run: before float32, now bfloat16." in capsys.readouterr().out
 
 
+def test_float16_goes_on_from_float32(tiny):
+    train(replace(tiny, steps=2))
+    run = train(replace(tiny, steps=4, precision="float16"))
+    assert run.step == 4 and run.scaler.is_enabled()
+
+
+def test_going_on_from_further_back_keeps_what_it_writes(tiny):
+    train(replace(tiny, steps=4))
+    early = run_folder(tiny) / "early.pt"
+    early.write_bytes(checkpoints(run_folder(tiny))[1].read_bytes())  # of step 0
+    train(tiny)
+    run = train(replace(tiny, steps=2), resume=early)
+    names = sorted(path.name for path in run_folder(tiny).glob("*-*.pt"))
+    abandoned = ["abandoned-000000004.pt", "abandoned-000000012.pt"]
+    assert run.step == 2 and names == [*abandoned, "checkpoint-000000000.pt", "checkpoint-000000002.pt"]
+
+
+def test_a_step_cut_in_two_is_not_saved(tiny, monkeypatch):
+    step = Training.generator_step
+
+    def generator_step(run):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return step(run)
+
+    monkeypatch.setattr(Training, "generator_step", generator_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(run_folder(tiny))] == ["checkpoint-000000000.pt"]
+    assert_same(train(tiny), train(replace(tiny, out_dir=f"{tiny.out_dir}/unbroken")))
+
+
+def test_going_back_skips_a_damaged_checkpoint(tiny, monkeypatch, capsys):
+    train(replace(tiny, steps=4))
+    step = Training.train_step
+
+    def train_step(run):
+        step(run)
+        if run.step == 6:
+            newest = checkpoints(run_folder(tiny))[0]
+            newest.write_bytes(newest.read_bytes()[:999])
+            monkeypatch.setattr(Training, "train_step", step)
+            spoil_weight(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    run = train(tiny)
+    assert run.step == 12 and "Not finite at step 12: back to step 0" in capsys.readouterr().out
+
+
 def test_two_processes_draw_the_same_losses():
     program = (
         "import torch; torch.set_num_threads(1); import vitgan_nb; run = vitgan_nb.Training(vitgan_nb.TINY)\n"
@@ -155,8 +205,11 @@ def test_the_newest_two_and_the_best_are_kept(tiny, monkeypatch, capsys):
     folder = run_folder(tiny)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000006.pt", "checkpoint-000000005.pt"]
     assert load_checkpoint(folder / "best.pt")["step"] == 2
+    monkeypatch.setattr(vitgan_nb, "score", lambda run: 3.5)  # after a resume, worse than the best before it
+    train(replace(tiny, steps=8))
+    assert load_checkpoint(folder / "best.pt")["step"] == 2
     noted = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [note["kid"] for note in noted if "kid" in note] == [5.0, 3.0, 4.0, 6.0, 7.0, 8.0]
+    assert [note["kid"] for note in noted if "kid" in note] == [5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 3.5, 3.5]
 
 
 def test_the_score_is_low_for_real_images(tiny, monkeypatch):
