@@ -1,6 +1,7 @@
 """Kills, full disks, numbers that are not finite, interrupts: the run goes on, or can."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -46,13 +47,25 @@ def train_saving_all_the_time(arguments, folder):
     torch.set_num_threads(1)
     vitgan_nb.CHECKPOINT_MINUTES = 0
     vitgan_nb.score = lambda run: None
+    save = torch.save
+
+    def slow_save(state, file):  # so that a good share of the kills falls into a write
+        whole = io.BytesIO()
+        save(state, whole)
+        half = len(whole.getvalue()) // 2
+        file.write(whole.getvalue()[:half])
+        file.flush()
+        time.sleep(0.05)
+        file.write(whole.getvalue()[half:])
+
+    torch.save = slow_save
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(vitgan_nb.main(["train", *arguments]))
 
 
 def kill_until(kills, tmp_path):
     """Start, SIGKILL at a random moment, look at what is there, go on; every run must end as the unbroken one did."""
-    arguments = [*TINY, "--steps", "25"]
+    arguments = [*TINY, "--steps", "10"]
     server = multiprocessing.get_context("forkserver")  # a server that has PyTorch loaded: a start takes a moment
     server.set_forkserver_preload(["test_never_lose_a_run"])
 
@@ -75,7 +88,7 @@ def kill_until(kills, tmp_path):
     unbroken.join()
     assert unbroken.exitcode == 0
     expected, whole = end_of(tmp_path / "unbroken"), time.monotonic() - began
-    assert expected["step"] == 25
+    assert expected["step"] == 10
     moments, killed, finished, cut = random.Random(0), 0, 0, 0
     while killed < kills:
         folder = tmp_path / f"run {finished}"
