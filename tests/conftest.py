@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import matplotlib
@@ -23,6 +24,13 @@ def run_script(*arguments, cwd, launcher=(sys.executable,), **environment):
         [*launcher, str(SCRIPT), *map(str, arguments)],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+
+
+def module_from(source: str) -> types.ModuleType:
+    """The notebook's program, changed, as a module."""
+    module = types.ModuleType("changed")
+    exec(compile(source, "changed.py", "exec"), module.__dict__)
+    return module
 
 
 @pytest.fixture(scope="session")

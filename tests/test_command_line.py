@@ -191,18 +191,47 @@ def test_float16_scales_its_losses():
     assert run.sums.isfinite().all() and all(p.isfinite().all() for p in run.generator.parameters())
 
 
-def test_statistics_of_the_real_images_are_computed_once(monkeypatch, tmp_path):
-    """The cache of torch-fidelity, through the stand-in: the second time, only the samples pass through the network."""
+def test_all_five_numbers_and_statistics_of_the_real_images_computed_once(monkeypatch, tmp_path):
+    """`evaluate` as users call it, small networks in the place of Inception and VGG16, which take a download."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    vitgan_nb.thumbnails_extractor()
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    thumbnails, seen = FEATURE_EXTRACTORS_REGISTRY["thumbnails"], []
-    forward = thumbnails.forward
-    monkeypatch.setattr(
-        thumbnails, "forward", lambda self, images: (seen.append(len(images)), forward(self, images))[1]
-    )
+    class StandIn(FeatureExtractorBase):
+        """Colours of 4 × 4 fields under each name that torch-fidelity asks for."""
+
+        passes = 0
+
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("2048", "logits_unbiased", "fc2", "fc2_relu")
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 16, 16)
+            StandIn.passes += len(images)
+            features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+            return tuple(features for _ in self.features_list)
+
+    for name in ("inception-v3-compat", "vgg16"):
+        layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric
+        monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, name, type(
+            name, (StandIn,), {"get_default_feature_layer_for_metric": staticmethod(layer)}))  # fmt: skip
     real, samples = vitgan_nb.draw_shapes(300, 16, seed=1), vitgan_nb.draw_shapes(100, 16, seed=2)
-    first = vitgan_nb.evaluate(samples, real, "thumbnails")
-    once = sum(seen)
-    assert vitgan_nb.evaluate(samples, real, "thumbnails") == first and sum(seen) - once < once / 2
+    first = vitgan_nb.evaluate(samples, real)
+    assert StandIn.passes == 2 * 400  # through both networks
+    assert first["samples"] == 100 and first["real"] == 300 and first["extractor"] == "inception"
+    assert 0 < first["fid"] < vitgan_nb.evaluate(255 - samples, real)["fid"]
+    assert abs(first["kid"]) < 0.05 and 1 < first["is"] < 2 and first["precision"] > 0.5 and first["recall"] > 0.5
+    assert StandIn.passes == 2 * 400 + 2 * 100  # the second time, only the samples
+    assert vitgan_nb.evaluate(samples, real) == first
+    vitgan_nb.evaluate(samples, real[:200])
+    assert StandIn.passes == 2 * 400 + 2 * 2 * 100 + 2 * 300  # other real images, other statistics
+
+
+def test_thumbnails_need_no_folder_for_a_cache(monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", "/proc/nowhere")
+    real, samples = vitgan_nb.draw_shapes(300, 16, seed=1), vitgan_nb.draw_shapes(100, 16, seed=2)
+    assert vitgan_nb.evaluate(samples, real, "thumbnails")["kid"] < 0.05

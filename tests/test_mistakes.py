@@ -3,10 +3,8 @@
 Each row: what is wrong, the check that must fail, and the edits of `vitgan_nb.py` that make it wrong.
 """
 
-import types
-
 import pytest
-from conftest import SCRIPT
+from conftest import SCRIPT, module_from
 
 SOURCE = SCRIPT.read_text()
 BLOCK = """        h = h + self.attention(self.norm1(h, w))  # (B, N, D)
@@ -136,12 +134,6 @@ MISTAKES = [
         [("input1=Images(samples)", "input1=Images(real)")],
     ),
 ]  # fmt: skip
-
-
-def module_from(source: str) -> types.ModuleType:
-    module = types.ModuleType("mistaken")
-    exec(compile(source, "mistaken.py", "exec"), module.__dict__)
-    return module
 
 
 @pytest.mark.parametrize("name, check, edits", MISTAKES, ids=[name for name, _, _ in MISTAKES])

@@ -370,7 +370,7 @@ def test_a_second_interrupt_is_raised_at_once():
 
 
 def test_without_home_and_into_a_place_that_cannot_be_written(tmp_path):
-    process = run_script("train", *TINY, "--steps", 2, cwd=tmp_path, HOME="/nonexistent")
+    process = run_script("train", *TINY, "--steps", 2, cwd=tmp_path, HOME="/proc/nowhere")
     assert process.returncode == 0, process.stderr
     process = run_script("train", *TINY, "--steps", 2, "--out-dir", "/proc/nowhere", cwd=tmp_path)
     assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr
