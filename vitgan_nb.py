@@ -2231,11 +2231,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
 
 
-def save_checkpoint(run: Training, folder: Path) -> Path:
-    """Write all of `run` to `folder`/checkpoint-STEP.pt, keep the newest two, return the path. Raises `OSError`.
+def abandon_later(folder: Path, step: int):
+    """Rename checkpoints after `step`, which a run that went on from further back has left, to abandoned-STEP.pt."""
+    for path in checkpoints(folder):
+        if path.name > f"checkpoint-{step:09d}.pt":
+            path.rename(path.with_name(path.name.replace("checkpoint", "abandoned")))
 
-    Checkpoints of later steps, left by a run that went on from further back, are renamed to abandoned-STEP.pt.
-    """
+
+def save_checkpoint(run: Training, folder: Path) -> Path:
+    """Write all of `run` to `folder`/checkpoint-STEP.pt, keep the newest two, return the path. Raises `OSError`."""
     path, state = folder / f"checkpoint-{run.step:09d}.pt", run.state()
     for killed in folder.glob(".*.partial"):  # while it was being written
         killed.unlink()
@@ -2244,8 +2248,7 @@ def save_checkpoint(run: Training, folder: Path) -> Path:
             torch.save(state, file)
         except RuntimeError as error:  # what a full disk becomes when the file is closed after it
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
-    for later in (other for other in checkpoints(folder) if other > path):
-        later.rename(later.with_name(later.name.replace("checkpoint", "abandoned")))
+    abandon_later(folder, run.step)
     for old in checkpoints(folder)[2:]:
         old.unlink()
     return path
@@ -2506,6 +2509,7 @@ class Keeper:
         if self.first:
             self.reporter = Reporter(self.run, self.folder)
             self.report("step")
+            abandon_later(self.folder, self.run.step)
             if not (self.folder / f"checkpoint-{self.run.step:09d}.pt").exists():
                 save_checkpoint(self.run, self.folder)
 
@@ -2549,10 +2553,8 @@ class Keeper:
         notes, seconds = [*run.notes, note], run.seconds
         for path in checkpoints(self.folder) if self.taken_back <= 3 else ():
             with contextlib.suppress(BadInput):  # a damaged one: the one before
-                state = load_checkpoint(path)
-                if state["step"] <= note["step"]:  # a later one is of a branch that was left
-                    run.restore(state)
-                    break
+                run.restore(load_checkpoint(path))
+                break
         else:
             raise BadInput(
                 f"losses or weights were not finite at step {run.step:,}, and going back to the last checkpoint did not "

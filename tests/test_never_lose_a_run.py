@@ -249,7 +249,11 @@ def test_a_full_disk_does_not_end_the_run(tiny, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(state, file)
 
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(vitgan_nb.Reporter, "record", no_room)  # the log and the pictures fail as well: still one line
     before = set(Path(tiny.out_dir).iterdir())
     run = train(tiny)
     lines = [line for line in capsys.readouterr().out.splitlines() if "Could not write" in line]
@@ -327,6 +331,32 @@ def test_the_fourth_time_it_stops_and_nothing_bad_is_saved(tmp_path, monkeypatch
     assert told.out.count("Not finite at step 8") == 3 and "try a lower learning_rate" in told.err
     (checkpoint,) = tmp_path.glob("runs/*/checkpoint-*.pt")
     assert load_checkpoint(checkpoint)["step"] == 0
+
+
+def test_going_back_does_not_go_to_a_later_branch(tiny, monkeypatch, capsys):
+    """A run that went on from step 4 while step 8 of an earlier one still lies in the folder."""
+    train(replace(tiny, steps=4))
+    train(replace(tiny, steps=8))
+    step, spoilt = Training.train_step, []
+
+    def train_step(run):
+        step(run)
+        if not spoilt:
+            spoilt.append(run.step)
+            spoil_weight(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    run = train(tiny, resume=run_folder(tiny) / "checkpoint-000000004.pt")
+    assert run.step == 12 and spoilt == [5]
+    assert "Not finite at step 12: back to step 4" in capsys.readouterr().out
+
+
+def test_a_run_in_memory_goes_on_as_it_is_or_not_at_all(tiny):
+    run = train(replace(tiny, steps=4))
+    for change in ({"precision": "bfloat16"}, {"compile": True}, {"seed": 1}):
+        with pytest.raises(vitgan_nb.BadInput, match=next(iter(change))):
+            train(replace(tiny, **change), resume=run)
+    assert train(tiny, resume=run) is run and run.step == 12
 
 
 @pytest.mark.parametrize("error", [ValueError("something else"), SystemExit(3)])
