@@ -64,10 +64,11 @@
 # <a name="set-up"></a>
 # ## 2. Set-up
 #
-# Choose here, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
-# says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images, or
-# CIFAR-10's folder; `MINUTES` 0 keeps the profile's limit; `SAVE_TO_DRIVE` keeps the run in your Google Drive and asks
-# for permission once. A run that was cut off goes on from its last checkpoint when the notebook is run again.
+# Choose here, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the
+# profile says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your
+# images, or CIFAR-10's folder; `MINUTES` 0 keeps the profile's limit; `SAVE_TO_DRIVE` keeps the run in your Google
+# Drive and asks for permission once. A run that was cut off goes on from its last checkpoint when the notebook is run
+# again.
 
 # %%
 # @title Settings { display-mode: "form" }
@@ -811,10 +812,11 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # $$\mathrm{Attention}(h) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
 #
-# The division by $\sqrt d$ comes *before* the softmax, and it is the width of one head. Published ports scale after the
-# softmax, which leaves the attention too sharp and shrinks the output; or they scale by the full $D$, which flattens it.
-# `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory. On a CPU in bfloat16, at 64
-# tokens, the three plain steps were 3 to 9 times faster when we timed them (in float32 equal); so there we write them out.
+# The division by $\sqrt d$ comes *before* the softmax, and it is the width of one head. Published ports scale after
+# the softmax, which leaves the attention too sharp and shrinks the output; or they scale by the full $D$, which
+# flattens it. `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory. On a CPU in
+# bfloat16, at 64 tokens, the three plain steps were 3 to 9 times faster when we timed them (in float32 equal); so
+# there we write them out.
 
 
 # %%
@@ -980,8 +982,9 @@ def test_position_embedding_starts_smooth():
 #
 # $$E_\text{fou}(v) = \sin(A v + b)$$
 #
-# The waves start slow, so that an untrained patch is a smooth gradient; training may raise every frequency. The positions
-# inside a patch are the same for every patch of every image: their features are computed once per pass and shared.
+# The waves start slow, so that an untrained patch is a smooth gradient; training may raise every frequency. The
+# positions inside a patch are the same for every patch of every image: their features are computed once per pass and
+# shared.
 
 
 # %%
@@ -1107,7 +1110,8 @@ def test_modulated_linear_is_one_matrix_per_patch():
 #
 # $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr), \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
 #
-# $\omega_0$ multiplies every frequency; Sitzmann et al. use 30 for whole pictures, a patch is 4 pixels wide: 1. The colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
+# $\omega_0$ multiplies every frequency; Sitzmann et al. use 30 for whole pictures, a patch is 4 pixels wide: 1. The
+# colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
 
 
 # %%
@@ -1702,9 +1706,10 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # a linear layer that reads one number off the class token. Improved spectral normalisation on every linear layer.
 #
 # The **class token** is one extra learned token that stands for no patch; the answer is read off it. That number is a
-# **logit** and must be free to take any value. A published ViTGAN has a GELU after its last layer. GELU never goes below
-# −0.17, so the discriminator cannot say *"this is fake"*: every fake costs it at least $\mathrm{softplus}(-0.17) = 0.61$,
-# and the generator's loss cannot rise above 0.78. It stays near $\log 2 = 0.693$, the loss of a coin.
+# **logit** and must be free to take any value. A published ViTGAN has a GELU after its last layer. GELU never goes
+# below −0.17, so the discriminator cannot say *"this is fake"*: every fake costs it at least
+# $\mathrm{softplus}(-0.17) = 0.61$, and the generator's loss cannot rise above 0.78. It stays near $\log 2 = 0.693$,
+# the loss of a coin.
 
 
 # %%
@@ -1781,9 +1786,10 @@ def test_discriminator():
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z))), \qquad
 #   L_G = \mathbb E\,\mathrm{softplus}(-D(G(z)))$$
 #
-# In training, $x$ and $G(z)$ are the augmented images of section 13. The generator could as well minimise $-\mathrm{softplus}(D(G(z)))$, the exact opposite. But when the discriminator is
-# sure that an image is fake, that loss is flat and the generator learns nothing just when it has most to learn.
-# *Non-saturating* means the form above, whose gradient is largest there. Look at the slopes at the left.
+# In training, $x$ and $G(z)$ are the augmented images of section 13. The generator could as well minimise
+# $-\mathrm{softplus}(D(G(z)))$, the exact opposite. But when the discriminator is sure that an image is fake, that
+# loss is flat and the generator learns nothing just when it has most to learn. *Non-saturating* means the form above,
+# whose gradient is largest there. Look at the slopes at the left.
 
 
 # %%
@@ -2171,15 +2177,15 @@ class Training:
 
 # %% [markdown]
 # **Checkpoints.** Colab ends a session when it likes, so a run must be able to go on as if nothing had happened. That
-# takes more than weights: without the optimizers' state, from which Adam takes the size of its steps, the first steps after
-# a resume are wild; without the random
-# generators' the run is another run. A checkpoint is written beside its final name and renamed, so it is never half there;
-# the newest two are kept, and the one with the best score (section 22) as `best.pt`. `torch.load` unpickles, and a pickle
-# can run any program: `weights_only=True` allows tensors and plain values and nothing else.
+# takes more than weights: without the optimizers' state, from which Adam takes the size of its steps, the first steps
+# after a resume are wild; without the random generators' the run is another run. A checkpoint is written beside its
+# final name and renamed, so it is never half there; the newest two are kept, and the one with the best score (section
+# 22) as `best.pt`. `torch.load` unpickles, and a pickle can run any program: `weights_only=True` allows tensors and
+# plain values and nothing else.
 #
-# On one CPU with one number of threads, the seed decides every bit, and a resumed run equals an unbroken one. On a GPU
-# it does not: some of its sums are added up in whatever order they finish, and after some hundred steps two runs with the
-# same seed differ as two seeds do. Going on with another device, precision or PyTorch works too and says so.
+# On one CPU with one number of threads, the seed decides every bit, and a resumed run equals an unbroken one. On a
+# GPU it does not: some of its sums are added up in whatever order they finish, and after some hundred steps two runs
+# with the same seed differ as two seeds do. Going on with another device, precision or PyTorch works too and says so.
 #
 # A run's folder is named after the configuration. Change the configuration, and a new folder starts.
 
@@ -2788,10 +2794,10 @@ def before_halfway_after():
 #   among samples (is everything there?). A GAN that paints one perfect horse has precision 1 and recall 0.
 # * **Inception score**: are samples clearly of one class, and all classes there? Knows nothing of real images.
 #
-# We leave all of them to `torch-fidelity`, which computes them as the papers do, with networks (Inception, VGG16) that
-# it downloads. The built-in drawings are nothing like what those networks know, and a computer may be off-line: `thumbnails`
-# is a stand-in that needs no download. Its features are the colours of 8 × 8 fields of the image. It sees layout and colour
-# and no detail; its KID can rank runs of this notebook and be compared with nothing else.
+# We leave all of them to `torch-fidelity`, which computes them as the papers do, with networks (Inception, VGG16)
+# that it downloads. The built-in drawings are nothing like what those networks know, and a computer may be off-line:
+# `thumbnails` is a stand-in that needs no download. Its features are the colours of 8 × 8 fields of the image. It
+# sees layout and colour and no detail; its KID can rank runs of this notebook and be compared with nothing else.
 
 
 # %%
@@ -2866,15 +2872,8 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
     except ImportError:
         raise BadInput("torch-fidelity is not installed; run pip install torch-fidelity.") from None
 
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images: Tensor):
-            self.images = images
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, i):
-            return self.images[i]
+    def dataset(images: Tensor) -> torch.utils.data.Dataset:
+        return torch.utils.data.Subset(images, range(len(images)))
 
     inception = extractor == "inception"
     least = min(len(samples), len(real))
@@ -2882,7 +2881,7 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
     cache = f"vitgan-{hashlib.sha256(real.contiguous().numpy()).hexdigest()[:16]}" if inception else None
     try:
         numbers = torch_fidelity.calculate_metrics(
-            input1=Images(samples), input2=Images(real), cuda=torch.cuda.is_available(), verbose=False,
+            input1=dataset(samples), input2=dataset(real), cuda=torch.cuda.is_available(), verbose=False,
             fid=True, kid=True, prc=True, isc=inception, kid_subset_size=min(1000, least),
             feature_extractor=None if inception else thumbnails_extractor(), save_cpu_ram=True, num_workers=0,
             input2_cache_name=cache,
@@ -2949,7 +2948,8 @@ def test_samples_follow_the_seed():
 # ## 23. Explore
 #
 # **A latent walk.** Each row goes from one style to another in equal steps. A generator that has only learned some
-# images by heart jumps; one that has learned what images are like changes smoothly, and everything between is an image too.
+# images by heart jumps; one that has learned what images are like changes smoothly, and everything between is an
+# image too.
 
 
 # %%
@@ -3005,9 +3005,9 @@ def attention_of_the_class_token():
 
 # %% [markdown]
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any: here 16 × 16
-# instead of 4 × 4 pixels a patch, four times finer than anything it was trained on. Middle: the same image enlarged by bicubic
-# interpolation. The SIREN draws its own smooth surfaces within a patch. Between patches nothing was ever asked of it, so
-# look for seams.
+# instead of 4 × 4 pixels a patch, four times finer than anything it was trained on. Middle: the same image enlarged
+# by bicubic interpolation. The SIREN draws its own smooth surfaces within a patch. Between patches nothing was ever
+# asked of it, so look for seams.
 
 
 # %%
@@ -3146,15 +3146,17 @@ def test_gelu_after_the_head_is_the_plateau():
 # | patch decoder | SIREN | SIREN, its Fourier features cut off from the gradient | convolutions recommended | SIREN |
 # | resuming | – | weights only | – | everything; bit for bit on one CPU |
 #
-# **The temperature of L2 attention.** Written as in the paper, the logits of the attention are $-\|q_i-q_j\|^2/\sqrt d$.
-# For normalised tokens the squared distance to another token is about $2d$ and to oneself 0, so the others start
-# $2\sqrt d$ behind: at $d = 32$ a factor of $e^{-11}$ each. The class token then attends to itself and next to nothing of
-# the image reaches the head; and improved spectral normalisation *keeps* the scale of $W_q$ where it began. Over $d$ in
-# place of $\sqrt d$ the others start $2$ behind. The one-head bound of section 15 holds for either. The cell below measures it.
+# **The temperature of L2 attention.** Written as in the paper, the logits of the attention are
+# $-\|q_i-q_j\|^2/\sqrt d$. For normalised tokens the squared distance to another token is about $2d$ and to oneself
+# 0, so the others start $2\sqrt d$ behind: at $d = 32$ a factor of $e^{-11}$ each. The class token then attends to
+# itself and next to nothing of the image reaches the head; and improved spectral normalisation *keeps* the scale of
+# $W_q$ where it began. Over $d$ in place of $\sqrt d$ the others start $2$ behind. The one-head bound of section 15
+# holds for either. The cell below measures it.
 #
-# **What was decided by measurement**, at the size of `smoke` on CIFAR-10: FRD, a Fréchet distance like FID on the features
-# of a CIFAR-10 classifier, of 2,000 samples after 24,000 and 48,000 images; lower is better. One seed each: the same
-# settings with two seeds gave 3,259 and 3,832 at 48,000, so differences below 600 there are hints.
+# **What was decided by measurement**, at the size of `smoke` on CIFAR-10: FRD, a Fréchet distance like FID on the
+# features of a CIFAR-10 classifier (`benchmarks/frd.py` in the repository), of 2,000 samples after 24,000 and 48,000
+# images; lower is better. One seed each: the same settings with two seeds gave 3,259 and 3,832 at 48,000, so
+# differences below 600 there are hints.
 #
 # | settings | 24,000 | 48,000 |
 # |---|---|---|
@@ -3174,16 +3176,38 @@ def test_gelu_after_the_head_is_the_plateau():
 # | the first row with the mean of all tokens in place of the class token | 5,970 | 4,133 |
 # | the first row with the standard deviation over groups of 4 images shown to the head | 5,326 | 3,766 |
 #
-# All of them with bCR 1 / 1. At 0.3 / 0.3 the bold row had, at 25,000, 50,000 and 75,000 images and with 3,000 samples,
-# 3,205, 3,055 and 2,594 against 3,607, 3,176 and 2,689 at 1 / 1; `smoke` takes 0.3. R1 is a penalty on the squared gradient
-# of the discriminator at real images; the last row shows the head how much a few images differ, so that it may notice samples
-# that are all alike.
+# All of them with bCR 1 / 1. At 0.3 / 0.3 the bold row had, at 25,000, 50,000 and 75,000 images and with 3,000
+# samples, 3,205, 3,055 and 2,594 against 3,607, 3,176 and 2,689 at 1 / 1; `smoke` takes 0.3. R1 is a penalty on the
+# squared gradient of the discriminator at real images; the last row shows the head how much a few images differ, so
+# that it may notice samples that are all alike.
 #
-# Smaller batches and a higher learning rate learn more from the first 50,000 images. Later the advantage shrinks: at
-# 200,000 images FRD was 1,803 and 2,296 (two seeds, 10,000 samples), precision 0.42 and 0.47, and recall 0.01: samples
-# come to look like photographs before they come to differ like them. These are findings about a small model and a few
-# passes over the images; `lesson` and `paper` keep the paper's learning rate and cutout, which guards against learning the
-# images by heart, and `paper` its batch.
+# Smaller batches and a higher learning rate learn more from the first 50,000 images. Single points tell little: the
+# bold row, trained again, had 3,176 at 50,000 after 2,218 at 48,000. At CURVE come to look like photographs before
+# they come to differ like them. These are findings about a small model and a few passes over the images; `lesson` and
+# `paper` keep the paper's learning rate and cutout, which guards against learning the images by heart, and `paper`
+# its batch.
+#
+# **What each technique does for it.** `smoke` on CIFAR-10 with one technique taken out, 32,000 images, two seeds; FRD
+# and recall of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three minutes each on
+# one CPU core, and `python benchmarks/frd.py runs/ablations/*.npz` measures them.
+#
+# | taken out | FRD, seed 0 | seed 1 | recall |
+# |---|---|---|---|
+# | nothing | 3,297 | 3,377 | 0.011, 0.002 |
+# | L2 attention: dot product in its place | 3,364 | 3,417 | 0.013, 0.001 |
+# | improved spectral norm: plain, every σ at 1 | 3,493 | 3,575 | 0.002, 0.001 |
+# | any spectral norm | 3,477 | 3,295 | 0.007, 0.007 |
+# | overlap of the patches | 2,875 | 2,789 | 0.001, 0.007 |
+# | bCR | 2,912 | 4,558 | 0.016, 0.001 |
+# | DiffAugment in the adversarial losses | 4,230 | 4,654 | 0.000, 0.000 |
+# | SLN: plain LayerNorm, the style added to the tokens | 3,000 | 3,128 | 0.001, 0.002 |
+# | SIREN: a linear layer paints the patch | 6,579 | 5,698 | 0.000, 0.000 |
+#
+# Three minutes of training show what is needed to start. The SIREN is: a linear layer paints mosaics, and the
+# discriminator has won before it learns better. So is DiffAugment. bCR keeps one seed of two from going astray.
+# Without overlap the FRD is *better*, and yet the patches show their seams, which this metric does not see; without
+# SLN the samples are a few motifs. The two attentions, and the spectral norms, are alike here: they guard against
+# what comes later or in larger models, and these runs say nothing of that.
 #
 # **What the paper reports.** FID 6.66 on CIFAR-10 in the first version of the paper, 4.92 in the published one, with the
 # ViT discriminator; 4.57 with StyleGAN2's. These are the authors' numbers at their budget. Section 22
@@ -3228,14 +3252,14 @@ def what_the_class_token_sees_before_training():
 # The times are of one part each, so they do not multiply to that of the whole step.
 #
 # On one GPU the two losses and their gradients are compiled as well and replayed as graphs, so that no time goes into
-# starting thousands of small programs. A T4 multiplies at 65 TFLOP/s at best; at a quarter of that the `lesson` profile (3.5 GFLOP an image) would
-# see 4,600 images a second. That is an estimate: it has not been measured.
+# starting thousands of small programs. A T4 multiplies at 65 TFLOP/s at best; at a quarter of that the `lesson`
+# profile (3.5 GFLOP an image) would see 4,600 images a second. That is an estimate: it has not been measured.
 #
-# How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile. *Left*,
-# larger images at the same patch: four times the tokens cost four times as much in every layer that treats tokens one by
-# one, and sixteen times in the attention, which compares all with all. *Right*, larger batches: an image gets cheaper until
-# the machine is busy throughout; the memory it needs stays the same. Memory here is what the forward pass keeps for the
-# backward pass.
+# How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile.
+# *Left*, larger images at the same patch: four times the tokens cost four times as much in every layer that treats
+# tokens one by one, and sixteen times in the attention, which compares all with all. *Right*, larger batches: an
+# image gets cheaper until the machine is busy throughout; the memory it needs stays about the same. Memory here is
+# what the forward pass keeps for the backward pass.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3291,8 +3315,8 @@ def how_cost_grows():
 
 
 # %% [markdown]
-# **Several GPUs.** On a machine with several GPUs the same loop runs under DistributedDataParallel, each process with its share of every
-# batch:
+# **Several GPUs.** On a machine with several GPUs the same loop runs under DistributedDataParallel, each process with
+# its share of every batch:
 #
 # ```
 # torchrun --nproc-per-node=4 vitgan_nb.py train --profile paper

@@ -2,8 +2,9 @@
 
     python benchmarks/ablations.py [--only NAME] [--images 32000] [--seeds 0 1] [--out runs/ablations]
 
-Each run leaves OUT/NAME-SEED.npz, 2,000 samples as uint8 (N, 32, 32, 3), and prints one line of JSON. Runs whose samples
-are there already are skipped.
+Each run leaves OUT/NAME-SEED.npz, 2,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of
+JSON. Runs whose samples are there already are skipped. In the end OUT/ablations.jpg shows 30 samples of each, of
+the first seed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,21 @@ def train_without(name: str, images: int, seed: int) -> tuple[dict, np.ndarray]:
     return {"name": name, "seed": seed, "images": entry["images"], "seconds": seconds, **logits}, samples
 
 
+def samples_of(name: str, seed: int, out: Path) -> Path:
+    """Where the samples of a run are, or will be."""
+    return out / f"{name.replace(' ', '-').replace(',', '')}-{seed}.npz"
+
+
+def draw(seed: int, out: Path):
+    """30 samples of every run with this seed."""
+    figure, axes = plt.subplots(3, 3, figsize=(9, 8.4))
+    for axis, name in zip(axes.flat, ABLATIONS, strict=True):
+        images = torch.from_numpy(np.load(samples_of(name, seed, out))["images"][:30]).permute(0, 3, 1, 2)
+        v.show_images(images, name, columns=6, axis=axis)
+    figure.tight_layout()
+    figure.savefig(out / "ablations.jpg", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=ABLATIONS)
@@ -136,13 +153,15 @@ def main():
     flags.out.mkdir(parents=True, exist_ok=True)
     for seed in flags.seeds:
         for name in [flags.only] if flags.only else ABLATIONS:
-            path = flags.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}.npz"
+            path = samples_of(name, seed, flags.out)
             if path.exists():
                 continue
             line, samples = train_without(name, flags.images, seed)
             with v.written_whole(path) as partial, open(partial, "wb") as file:
                 np.savez_compressed(file, images=samples)
             print(json.dumps(line), flush=True)
+    if not flags.only:
+        draw(flags.seeds[0], flags.out)
 
 
 if __name__ == "__main__":

@@ -235,3 +235,18 @@ def test_thumbnails_need_no_folder_for_a_cache(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/proc/nowhere")
     real, samples = vitgan_nb.draw_shapes(300, 16, seed=1), vitgan_nb.draw_shapes(100, 16, seed=2)
     assert vitgan_nb.evaluate(samples, real, "thumbnails")["kid"] < 0.05
+
+
+def test_frd_tells_noise_from_images(tmp_path, monkeypatch):
+    """`benchmarks/frd.py` with random weights in the file that is downloaded otherwise."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    from benchmarks import frd
+
+    network = frd.ResNet56()
+    torch.save({"state_dict": {f"module.{name}": w for name, w in network.state_dict().items()}}, tmp_path / "w.th")
+    monkeypatch.setattr(frd.Features, "weights", tmp_path / "w.th")
+    real, samples = vitgan_nb.draw_shapes(240, seed=1), vitgan_nb.draw_shapes(120, seed=2)
+    assert network.eval()(vitgan_nb.to_float(real[:2])).shape == (2, 112)
+    good, bad = (frd.closeness(images, real) for images in (samples, torch.randint_like(samples, 256)))
+    assert good["n"] == 120 and good["frd"] < bad["frd"] and good["krd"] < bad["krd"]
+    assert good["precision"] > 0.5 > 0.1 > bad["precision"] and good["recall"] > 0.5
