@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py [--only NAME] [--images 32000] [--seeds 0 1] [--out runs/ablations]
 
-Each run leaves OUT/NAME-SEED.npz, 2,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of
+Each run leaves OUT/NAME-IMAGES-SEED.npz, 2,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of
 JSON. Runs whose samples are there already are skipped. In the end OUT/ablations.jpg shows 30 samples of each, of
 the first seed.
 """
@@ -128,19 +128,20 @@ def train_without(name: str, images: int, seed: int) -> tuple[dict, np.ndarray]:
     return {"name": name, "seed": seed, "images": entry["images"], "seconds": seconds, **logits}, samples
 
 
-def samples_of(name: str, seed: int, out: Path) -> Path:
+def samples_of(name: str, flags: argparse.Namespace, seed: int) -> Path:
     """Where the samples of a run are, or will be."""
-    return out / f"{name.replace(' ', '-').replace(',', '')}-{seed}.npz"
+    return flags.out / f"{name.replace(' ', '-').replace(',', '')}-{flags.images}-{seed}.npz"
 
 
-def draw(seed: int, out: Path):
-    """30 samples of every run with this seed."""
-    figure, axes = plt.subplots(3, 3, figsize=(9, 8.4))
-    for axis, name in zip(axes.flat, ABLATIONS, strict=True):
-        images = torch.from_numpy(np.load(samples_of(name, seed, out))["images"][:30]).permute(0, 3, 1, 2)
+def draw(flags: argparse.Namespace):
+    """30 samples of every run with the first seed."""
+    rows = math.ceil(len(ABLATIONS) / 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.8 * rows))
+    for axis, name in zip(axes.flat, ABLATIONS, strict=False):
+        images = torch.from_numpy(np.load(samples_of(name, flags, flags.seeds[0]))["images"][:30]).permute(0, 3, 1, 2)
         v.show_images(images, name, columns=6, axis=axis)
     figure.tight_layout()
-    figure.savefig(out / "ablations.jpg", dpi=100)
+    figure.savefig(flags.out / "ablations.jpg", dpi=100)
 
 
 def main():
@@ -153,7 +154,7 @@ def main():
     flags.out.mkdir(parents=True, exist_ok=True)
     for seed in flags.seeds:
         for name in [flags.only] if flags.only else ABLATIONS:
-            path = samples_of(name, seed, flags.out)
+            path = samples_of(name, flags, seed)
             if path.exists():
                 continue
             line, samples = train_without(name, flags.images, seed)
@@ -161,7 +162,7 @@ def main():
                 np.savez_compressed(file, images=samples)
             print(json.dumps(line), flush=True)
     if not flags.only:
-        draw(flags.seeds[0], flags.out)
+        draw(flags)
 
 
 if __name__ == "__main__":

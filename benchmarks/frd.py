@@ -11,6 +11,7 @@ The network is Y. Idelbayev's (https://github.com/akamaster/pytorch_resnet_cifar
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -73,7 +74,7 @@ class Features(FeatureExtractorBase):
         if self.weights:
             state = torch.load(self.weights, map_location="cpu", weights_only=True)
         else:
-            state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True)
+            state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
         self.network = ResNet56()
         self.network.load_state_dict({k.removeprefix("module."): w for k, w in state["state_dict"].items()})
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
@@ -104,9 +105,12 @@ def closeness(samples: Tensor, real: Tensor) -> dict:
             kid_subset_size=min(1000, len(a)), **metrics,
         )  # fmt: skip
 
+    cache = "cifar10-" + hashlib.sha256(real.contiguous().numpy()).hexdigest()[:16]
+    if Features.weights:
+        cache += "-" + hashlib.sha256(Features.weights.read_bytes()).hexdigest()[:16]
     few = min(5000, len(samples))
     shuffled = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:few]]
-    found = measured(samples, real, fid=True, kid=True, input2_cache_name="cifar10-train")  # computed once
+    found = measured(samples, real, fid=True, kid=True, input2_cache_name=cache)  # those of `real` are computed once
     found |= measured(samples[:few], shuffled, prc=True)
     return {
         "n": len(samples),

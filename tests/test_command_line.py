@@ -242,6 +242,7 @@ def test_frd_tells_noise_from_images(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     from benchmarks import frd
 
+    torch.manual_seed(0)
     network = frd.ResNet56()
     torch.save({"state_dict": {f"module.{name}": w for name, w in network.state_dict().items()}}, tmp_path / "w.th")
     monkeypatch.setattr(frd.Features, "weights", tmp_path / "w.th")
@@ -250,3 +251,5 @@ def test_frd_tells_noise_from_images(tmp_path, monkeypatch):
     good, bad = (frd.closeness(images, real) for images in (samples, torch.randint_like(samples, 256)))
     assert good["n"] == 120 and good["frd"] < bad["frd"] and good["krd"] < bad["krd"]
     assert good["precision"] > 0.5 > 0.1 > bad["precision"] and good["recall"] > 0.5
+    torch.save({"state_dict": frd.ResNet56().state_dict()}, tmp_path / "w.th")  # another network: nothing kept is used
+    assert frd.closeness(real, real)["frd"] == 0

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,12 +253,16 @@ def test_a_full_disk_does_not_end_the_run(tiny, monkeypatch, capsys):
     def no_room(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def not_allowed(*_):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(vitgan_nb.Reporter, "record", no_room)  # the log and the pictures fail as well: still one line
+    monkeypatch.setattr(vitgan_nb.Reporter, "close", not_allowed)  # for another reason: one more line
     before = set(Path(tiny.out_dir).iterdir())
     run = train(tiny)
     lines = [line for line in capsys.readouterr().out.splitlines() if "Could not write" in line]
-    assert run.step == 12 and len(lines) == 1
+    assert run.step == 12 and len(lines) == 2 and "Permission denied" in lines[1]
     assert "No space left on device" in lines[0] and "checkpoint-000000002.pt" in lines[0]
     (folder,) = set(Path(tiny.out_dir).iterdir()) - before
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000012.pt", "checkpoint-000000002.pt"]
@@ -275,7 +280,30 @@ def test_a_disk_that_stays_full_is_an_error_of_the_command(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "save", full)
     assert vitgan_nb.main(["train", *TINY, "--steps", "3"]) == 2
-    assert "the last checkpoint could not be written" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "the last checkpoint could not be written" in told.err
+    assert "Step 3" in told.out and "NOT saved" in told.out and "all in" not in told.out
+
+
+def test_a_full_disk_at_the_start_leaves_what_was_there(tiny, monkeypatch):
+    """On from a copy of step 4, nothing can be written, and the folder holds step 8 of before: that stays."""
+    folder = run_folder(tiny)
+    train(replace(tiny, steps=4))
+    earlier = shutil.copy(folder / "checkpoint-000000004.pt", folder.parent)
+    train(replace(tiny, steps=8))
+    (folder / "checkpoint-000000004.pt").unlink()
+    log = (folder / "log.jsonl").read_text()
+
+    def full(state, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        train(tiny, resume=earlier)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-000000008.pt"]
+    assert (folder / "log.jsonl").read_text() == log
+    assert train(tiny).step == 12
 
 
 def spoil_loss(run):
@@ -353,7 +381,7 @@ def test_going_back_does_not_go_to_a_later_branch(tiny, monkeypatch, capsys):
 
 def test_a_run_in_memory_goes_on_as_it_is_or_not_at_all(tiny):
     run = train(replace(tiny, steps=4))
-    for change in ({"precision": "bfloat16"}, {"compile": True}, {"seed": 1}):
+    for change in ({"precision": "bfloat16"}, {"compile": True}, {"seed": 1}, {"data_root": "elsewhere"}):
         with pytest.raises(vitgan_nb.BadInput, match=next(iter(change))):
             train(replace(tiny, **change), resume=run)
     assert train(tiny, resume=run) is run and run.step == 12
