@@ -131,7 +131,7 @@ MISTAKES = [
     (
         "real images always better than noise, by a metric that looks at one side only",
         "test_evaluate_ranks_real_above_noise",
-        [("input1=Images(samples)", "input1=Images(real)")],
+        [("input1=dataset(samples)", "input1=dataset(real)")],
     ),
 ]  # fmt: skip
 
