@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,30 +108,36 @@ ABLATIONS = {  # name: (what takes the place of what in the notebook, changes of
 }
 
 
-def train_without(name: str, images: int, seed: int) -> tuple[dict, np.ndarray]:
-    """Train for `images` images with ablation `name`; what it came to, and 2,000 samples (N, H, W, 3), uint8."""
-    changed, fields = ABLATIONS[name]
+def train_changed(changed: dict, fields: dict, images: list[int], seed: int) -> Iterator[tuple[dict, np.ndarray]]:
+    """Train `smoke`, changed, on CIFAR-10; at each number of `images` what it came to, and 2,000 samples (N, H, W, 3)."""
     kept = {attribute: getattr(v, attribute) for attribute in changed}
     for attribute, value in changed.items():
         setattr(v, attribute, value)
     try:
         run = v.Training(replace(v.PROFILES["smoke"], dataset="cifar10", seed=seed, steps=0, **fields))
-        start = time.perf_counter()
-        while run.step * run.config.batch_size < images:
-            run.train_step()
-        entry = run.record()
-        seconds = round(time.perf_counter() - start)
-        samples = v.sample(run.average.module, 2000).permute(0, 2, 3, 1).numpy()
+        seconds = 0.0
+        for mark in images:
+            start = time.perf_counter()
+            while run.step * run.config.batch_size < mark:
+                run.train_step()
+            seconds += time.perf_counter() - start
+            entry = run.record()
+            logits = {key: round(entry[key], 2) for key in v.LOGITS}
+            samples = v.sample(run.average.module, 2000).permute(0, 2, 3, 1).numpy()
+            yield {"seed": seed, "images": entry["images"], "seconds": round(seconds), **logits}, samples
     finally:
         for attribute, value in kept.items():
             setattr(v, attribute, value)
-    logits = {key: round(entry[key], 2) for key in v.LOGITS}
-    return {"name": name, "seed": seed, "images": entry["images"], "seconds": seconds, **logits}, samples
 
 
 def samples_of(name: str, flags: argparse.Namespace, seed: int) -> Path:
     """Where the samples of a run are, or will be."""
     return flags.out / f"{name.replace(' ', '-').replace(',', '')}-{flags.images}-{seed}.npz"
+
+
+def save(samples: np.ndarray, path: Path):
+    with v.written_whole(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, images=samples)
 
 
 def draw(flags: argparse.Namespace):
@@ -157,10 +164,9 @@ def main():
             path = samples_of(name, flags, seed)
             if path.exists():
                 continue
-            line, samples = train_without(name, flags.images, seed)
-            with v.written_whole(path) as partial, open(partial, "wb") as file:
-                np.savez_compressed(file, images=samples)
-            print(json.dumps(line), flush=True)
+            ((line, samples),) = train_changed(*ABLATIONS[name], [flags.images], seed)
+            save(samples, path)
+            print(json.dumps({"name": name} | line), flush=True)
     if not flags.only:
         draw(flags)
 
