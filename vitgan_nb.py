@@ -98,7 +98,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -190,7 +190,8 @@ class Config:
     omega_0: float = option(1.0, "factor inside every sine of the patch decoder")
     demodulate: bool = option(False, "divide modulated weights by their norm, as StyleGAN2 does")
     batch_size: int = option(128, "real images in a step, over all GPUs")
-    learning_rate: float = option(0.002, "of Adam, for both networks")
+    optimizer: str = option("adam", "adam, or muon: Muon for the matrices, Adam for the other weights")
+    learning_rate: float = option(0.002, "about how far a step moves a weight, both networks")
     betas: tuple[float, float] = option((0.0, 0.99), "of Adam")
     bcr_real: float = option(10.0, "weight of the consistency on real images")
     bcr_fake: float = option(10.0, "weight of the consistency on generated images")
@@ -225,6 +226,7 @@ class Config:
                 need(isinstance(value, str), f.name, "text")
         for name, accepted in (
             ("dataset", ("cifar10", "shapes", "folder")),
+            ("optimizer", ("adam", "muon")),
             ("precision", ("auto", "float32", "bfloat16", "float16")),
         ):
             need(getattr(self, name) in accepted, name, f"one of {', '.join(accepted)}")
@@ -233,6 +235,8 @@ class Config:
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
         need(self.seed < 2**32, "seed", "below 2³²")
         need(self.learning_rate > 0, "learning_rate", "above 0")
+        known = self.optimizer == "adam" or hasattr(torch.optim, "Muon")
+        need(known, "optimizer", f"adam with PyTorch {torch.__version__}: Muon came with 2.9")
         need(self.omega_0 > 0, "omega_0", "above 0")
         need(self.patch_size % 2 == 0, "patch_size", "even, because patches overlap by half")
         need(self.image_size % self.patch_size == 0, "image_size", f"a multiple of patch_size ({self.patch_size})")
@@ -250,8 +254,8 @@ class Config:
 
 PROFILES = {
     "smoke": Config(
-        dataset="shapes", dim=96, depth=2, heads=3, latent_dim=64, mapping_depth=2, siren_dim=96,
-        batch_size=16, learning_rate=0.004, bcr_real=0.3, bcr_fake=0.3, augment="color,translation", steps=1200,
+        dataset="shapes", dim=128, depth=3, heads=8, latent_dim=64, mapping_depth=2, siren_dim=128, batch_size=16,
+        optimizer="muon", learning_rate=0.004, bcr_real=0.3, bcr_fake=0.3, augment="color,translation", steps=1200,
     ),
     "lesson": Config(
         dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, batch_size=64, bcr_real=1.0, bcr_fake=1.0,
@@ -1253,7 +1257,7 @@ def an_untrained_generator():
 # %%
 TINY = Config(
     dataset="shapes", image_size=16, dim=24, depth=2, heads=2, latent_dim=12, mapping_depth=2, siren_dim=16,
-    batch_size=4, bcr_real=1.0, bcr_fake=1.0, steps=4, precision="float32",
+    batch_size=4, optimizer="muon", bcr_real=1.0, bcr_fake=1.0, steps=4, precision="float32",
 )  # fmt: skip  # for checks: every part, seconds on any machine
 
 
@@ -1952,6 +1956,98 @@ def test_moving_average():
 # and divides the gradients again.
 #
 # Then the average takes a step. Nothing in here waits for the GPU: the statistics add up in a tensor on the device.
+#
+# **The optimizer.** The gradient of a matrix lies mostly in a few directions, and so does Adam's step, which treats the
+# matrix as so many single numbers: most of what a layer could learn moves slowly. *Muon* (Jordan et al. 2024) takes the
+# gradient $G = USV^\top$, smoothed over the last few steps, and moves along $UV^\top$: equally far in *all* directions.
+# No decomposition is needed: five rounds of $X \leftarrow aX + (bA + cA^2)X$ with $A = XX^\top$ bring every singular
+# value near 1 that was not too small to begin with. Vectors stay with Adam, and so do matrices with a side of 10 or
+# less, such as the layers to colours; the step is scaled so that a weight moves by about $\eta$, as under Adam.
+# `smoke` learns with Muon, for what [section 25](#differences) shows; `lesson` and `paper` keep the paper's Adam.
+#
+# Look below at how far one step moves a matrix in each of its directions. Both steps are of the same size; of Adam's,
+# a few directions take most.
+
+
+# %%
+def adam(weights: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """Adam for `weights`."""
+    return torch.optim.Adam(weights, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+class Muon:
+    """Muon for the matrices among `weights`, Adam for all others, used like one optimizer (Jordan et al. 2024).
+
+    A matrix has two axes, both over 10. Either moves a weight by about `config.learning_rate`, root mean square.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter], config: Config):
+        matrices, others = [], []
+        for weight in weights:
+            (matrices if weight.ndim == 2 and min(weight.shape) > 10 else others).append(weight)
+        self.each = [adam(others, config)]
+        if matrices:  # match_rms_adamw is 0.2 of the rate given, root mean square
+            rate = config.learning_rate / 0.2
+            muon = torch.optim.Muon(matrices, rate, momentum=0.5, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            self.each.append(muon)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.each for group in optimizer.param_groups]
+
+    def zero_grad(self):
+        for optimizer in self.each:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.each:
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return {"each": [optimizer.state_dict() for optimizer in self.each]}
+
+    def load_state_dict(self, state: dict):
+        for optimizer, its in zip(self.each, state["each"], strict=True):
+            optimizer.load_state_dict(its)
+
+
+# %%
+@demo
+def one_step_in_all_directions():
+    config = PROFILES["smoke"]
+    _, axis = plt.subplots(figsize=(5.5, 2.8))
+    for kind in (adam, Muon):
+        torch.manual_seed(0)
+        discriminator = Discriminator(config)
+        weight = discriminator.blocks[0].attention.qk.parametrizations.weight.original
+        before = weight.detach().clone()
+        discriminator_loss(*discriminator(to_float(draw_shapes(32))).split(16)).backward()
+        kind(discriminator.parameters(), config).step()
+        moved = torch.linalg.svdvals(weight.detach() - before)
+        share = moved.square().cumsum(0) / moved.square().sum()
+        name, half = kind.__name__.capitalize(), int((share < 0.5).sum()) + 1
+        axis.plot(moved, label=f"{name}: half of the step is in {half} directions")
+    axis.set(xlabel="direction", ylabel="singular value of the step", title="one step of one matrix, η = 0.004")
+    axis.legend()
+    plt.tight_layout()
+    plt.show()
+
+
+@check
+def test_muon_moves_a_matrix_equally_far_in_all_directions():
+    """Muon moves a matrix equally far in all directions, η in the root mean square, and vectors as Adam does."""
+    config = PROFILES["smoke"]
+    layer = nn.Linear(128, 64)
+    u, _, vt = torch.linalg.svd(torch.randn(64, 128), full_matrices=False)
+    layer.weight.grad = (u * torch.logspace(0, -2, 64)) @ vt  # in the last direction a hundredth of the first
+    layer.bias.grad = torch.randn(64)
+    before = copy.deepcopy(layer)
+    Muon(layer.parameters(), config).step()
+    step = layer.weight.detach() - before.weight.detach()
+    moved = torch.linalg.svdvals(step)
+    assert moved.max() < 3 * moved.min(), (moved.min(), moved.max())
+    assert abs(step.square().mean().sqrt() / config.learning_rate - 1) < 0.2, step.square().mean().sqrt()
+    torch.testing.assert_close(layer.bias, before.bias - config.learning_rate * layer.bias.grad.sign())
 
 
 # %%
@@ -2017,10 +2113,9 @@ class Training:
         elif self.compiles:
             self.discriminator_objective = compiled(self.discriminator_objective)
             self.generator_objective = compiled(self.generator_objective)
-        self.optimizer_g, self.optimizer_d = (
-            torch.optim.Adam(n.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
-            for n in (self.generator, self.discriminator)
-        )
+        kind = Muon if config.optimizer == "muon" else adam
+        self.optimizer_g = kind(self.generator.parameters(), config)
+        self.optimizer_d = kind(self.discriminator.parameters(), config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds, self.history = 0, 0.0, []
         self.whole = True  # no step is half done
@@ -3078,8 +3173,9 @@ SWITCHES = {  # flip them
 
 
 def train_small(fault: Callable | None = None, steps: int = 200) -> Training:
-    """A small model on small drawings, trained for `steps` steps after `fault` has been done to it."""
-    run = Training(replace(PROFILES["smoke"], image_size=16, dim=48, heads=2, siren_dim=48, learning_rate=0.002))
+    """A small model on small drawings, trained with Adam for `steps` steps after `fault` has been done to it."""
+    small = {"image_size": 16, "dim": 48, "depth": 2, "heads": 2, "siren_dim": 48}
+    run = Training(replace(PROFILES["smoke"], **small, optimizer="adam", learning_rate=0.002))
     if fault:
         fault(run)
     while run.step < steps:
@@ -3145,7 +3241,7 @@ def test_gelu_after_the_head_is_the_plateau():
 # | real images | not said | in [0, 1]: the Normalize(0, 1) does nothing | [−1, 1] | [−1, 1] |
 # | bCR | 10 / 10 | (B,) minus (B, 1): flattens the discriminator | 1 / 1, with R1 0.1 and 3,000 steps of warm-up | 10 / 10 in `paper`, 1 / 1 in `lesson`, 0.3 / 0.3 in `smoke` |
 # | DiffAugment | translation, colour, cutout, scaling, each with probability 0.8 | translation, colour, cutout | translation, colour, cutout | translation, colour, cutout; `smoke` without cutout |
-# | Adam | 0.002; 0, 0.99; batch 128 | – | 0.001; 0, 0.99; batch 64 | as in the paper; `lesson` takes batches of 64, `smoke` of 16 and 0.004 |
+# | optimizer | Adam, 0.002; 0, 0.99; batch 128 | – | Adam, 0.001; 0, 0.99; batch 64 | as in the paper; `lesson` with batches of 64; `smoke` Muon, 0.004, batches of 16 |
 # | moving average | yes | built from a used-up iterator: averages nothing | half-life 1 million images, after a million images of plain copying | half-life 500,000 images or 5 % of those seen |
 # | patch decoder | SIREN | SIREN, its Fourier features cut off from the gradient | convolutions recommended | SIREN |
 # | resuming | – | weights only | – | everything; bit for bit on one CPU |

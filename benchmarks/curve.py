@@ -25,10 +25,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, help="instead of the profile's")
+    parser.add_argument("--optimizer", help="instead of the profile's")
     parser.add_argument("--learning-rate", type=float, help="instead of the profile's")
     parser.add_argument("--out", type=Path, default=Path("runs/curve"))
     flags = parser.parse_args()
-    names = ("batch_size", "learning_rate")
+    names = ("batch_size", "optimizer", "learning_rate")
     changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     config = replace(v.PROFILES[flags.profile], dataset="cifar10", seed=flags.seed, minutes=0.0, **changes)
     config = replace(config, out_dir=str(flags.out))

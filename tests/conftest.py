@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny run on the command line."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ import matplotlib
 import pytest
 
 matplotlib.use("agg")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with interrupts ignored
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "vitgan_nb.py"
 TINY = (

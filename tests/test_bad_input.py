@@ -27,6 +27,7 @@ CONFIGURATIONS = [
     ("--steps -1", "steps is -1"),
     ("--minutes nan", "minutes is nan"),
     ("--learning-rate 0", "learning_rate is 0.0"),
+    ("--optimizer sgd", "optimizer is 'sgd', but must be one of adam, muon"),
     ("--learning-rate inf", "learning_rate is inf"),
     ("--betas 0 1", "betas is [0.0, 1.0]"),
     ("--omega-0 0", "omega_0 is 0.0"),

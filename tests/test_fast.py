@@ -87,7 +87,7 @@ def test_one_step_equals_the_textbook_step(in_float64, monkeypatch):
     turned = {"color": lambda x: 0.7 * x.roll((1, 2), (2, 3)).flip(1)}  # the same whichever images it gets together
     monkeypatch.setattr(vitgan_nb, "AUGMENTATIONS", turned)
     still = 1e-12  # so that the textbook's further power steps, on the moved weights, find what the first one found
-    config = replace(TINY, augment="color", bcr_real=2.0, bcr_fake=3.0, learning_rate=still)
+    config = replace(TINY, augment="color", bcr_real=2.0, bcr_fake=3.0, optimizer="adam", learning_rate=still)
     runs = [kind(config) for kind in (Training, TextbookTraining)]
     found = []
     for run in runs:
@@ -141,7 +141,7 @@ def distance_in_spreads(steps, **size):
 
 def test_bfloat16_trains_as_float32():
     """The loss curves over 200 steps of a smaller `smoke` differ by less than two seeds do."""
-    distance = distance_in_spreads(200, image_size=16, dim=48, heads=2, siren_dim=48, batch_size=16)
+    distance = distance_in_spreads(200, image_size=16, dim=48, depth=2, heads=2, siren_dim=48, batch_size=16)
     assert (distance < 1).all(), distance
 
 

@@ -123,6 +123,11 @@ MISTAKES = [
         [("        for part in self.parts:\n", "        for part in self.parts[:3]:\n")],
     ),
     (
+        "the state of one of two optimizers not read back",
+        "test_resumed_run_equals_unbroken_run",
+        [("zip(self.each, state[\"each\"], strict=True)", "zip(self.each[:1], state[\"each\"])")],
+    ),
+    (
         "no seed",
         "test_seed_decides_everything",
         [("        torch.manual_seed(config.seed)\n        self.generator", "        torch.seed()\n        self.generator"),
