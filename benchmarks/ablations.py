@@ -125,8 +125,8 @@ def train_changed(config: v.Config, changed: dict, images: list[int]) -> Iterato
             start = time.perf_counter()
             while run.step * run.config.batch_size < mark:
                 run.train_step()
-            seconds += time.perf_counter() - start
             entry = run.record()
+            seconds += time.perf_counter() - start
             logits = {key: round(entry[key], 2) for key in v.LOGITS}
             samples = v.sample(run.average.module, 2000).permute(0, 2, 3, 1).numpy()
             yield {"seed": config.seed, "images": entry["images"], "seconds": round(seconds), **logits}, samples

@@ -1,9 +1,9 @@
 """Train up to each of several image counts and leave samples at each, to be measured: how quality grows with images seen.
 
-    python benchmarks/curve.py --profile smoke --images 25000 50000 100000 200000 [--seed 0] [--n 10000] [--out runs/curve]
+    python benchmarks/curve.py --profile smoke --images 25000 50000 100000 200000 [--seed 0] [--optimizer muon] [--n 10000]
 
-Leaves OUT/PROFILE-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of JSON for
-each. Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
+Leaves OUT/PROFILE-OPTIMIZER-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of
+JSON for each. Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
 """
 
 import argparse
@@ -24,18 +24,16 @@ def main():
     parser.add_argument("--images", type=int, nargs="+", required=True, help="in ascending order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, help="instead of the profile's")
-    parser.add_argument("--optimizer", help="instead of the profile's")
-    parser.add_argument("--learning-rate", type=float, help="instead of the profile's")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), help="instead of the profile's")
     parser.add_argument("--out", type=Path, default=Path("runs/curve"))
     flags = parser.parse_args()
-    names = ("batch_size", "optimizer", "learning_rate")
-    changes = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    config = replace(v.PROFILES[flags.profile], dataset="cifar10", seed=flags.seed, minutes=0.0, **changes)
-    config = replace(config, out_dir=str(flags.out))
+    config = v.PROFILES[flags.profile]
+    config = replace(config, dataset="cifar10", seed=flags.seed, minutes=0.0, out_dir=str(flags.out))
+    if flags.optimizer:
+        config = replace(config, optimizer=flags.optimizer)
     run = True  # the first time from its checkpoint, if there is one
     for images in flags.images:
-        path = flags.out / f"{flags.profile}-{flags.seed}-{images:09d}.npz"
+        path = flags.out / f"{flags.profile}-{config.optimizer}-{flags.seed}-{images:09d}.npz"
         if path.exists():
             continue
         run = v.train(replace(config, steps=images // config.batch_size), resume=run)

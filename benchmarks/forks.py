@@ -2,7 +2,7 @@
 
     python benchmarks/forks.py NAME [--profile smoke] [--images 25000 50000 100000 200000] [--seed 0] [--out runs/forks]
 
-Leaves OUT/PROFILE-NAME-IMAGES-SEED.npz, 2,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints
+Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints
 one line of JSON at each number of images.
 """
 
@@ -17,7 +17,6 @@ import vitgan_nb as v
 from benchmarks.ablations import SMALL, save, train_changed
 
 FORKS = {  # name: changes of the configuration
-    "as-it-is": {},
     "adam": {"optimizer": "adam"},
     "muon": {"optimizer": "muon"},
     "96x2": SMALL | {"heads": 6, "optimizer": "muon"},
@@ -40,7 +39,7 @@ def main():
     flags.out.mkdir(parents=True, exist_ok=True)
     config = replace(v.PROFILES[flags.profile], dataset="cifar10", seed=flags.seed, **FORKS[flags.name])
     for line, samples in train_changed(config, {}, flags.images):
-        save(samples, flags.out / f"{flags.profile}-{flags.name}-{line['images']}-{flags.seed}.npz")
+        save(samples, flags.out / f"{flags.profile}-{flags.name}-{flags.seed}-{line['images']:09d}.npz")
         print(json.dumps({"profile": flags.profile, "name": flags.name} | line), flush=True)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "vitgan_nb.py"
 TINY = (
     "--profile smoke --image-size 16 --dim 16 --depth 1 --heads 2 --latent-dim 8 --mapping-depth 2 --siren-dim 8 "
-    "--batch-size 4 --precision float32"
+    "--batch-size 4 --optimizer adam --precision float32"
 ).split()
 
 

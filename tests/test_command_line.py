@@ -180,8 +180,9 @@ def test_compiled_steps_are_the_plain_steps(monkeypatch):
     torch.testing.assert_close(runs[0].sums, runs[1].sums, rtol=1e-3, atol=1e-4)
 
 
-def test_float16_scales_its_losses():
-    run = vitgan_nb.Training(replace(vitgan_nb.TINY, precision="float16"))
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_float16_scales_its_losses(optimizer):
+    run = vitgan_nb.Training(replace(vitgan_nb.TINY, precision="float16", optimizer=optimizer))
     for _ in range(12):
         run.train_step()
     assert run.scaler.is_enabled() and 1 <= run.scaler.get_scale() < 2**16  # it found a scale that does not overflow

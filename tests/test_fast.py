@@ -120,6 +120,21 @@ def test_average_equals_a_loop_over_the_weights(in_float64):
     torch.testing.assert_close(average.module.state_dict(), textbook.state_dict())
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9")
+def test_muon_equals_the_librarys():
+    for shape in (64, 64), (64, 128), (128, 64):
+        weight = torch.nn.Parameter(torch.randn(shape))
+        other = torch.nn.Parameter(weight.detach().clone())
+        ours = vitgan_nb.MatrixMuon([weight], 0.004, torch.bfloat16)
+        theirs = torch.optim.Muon([other], 0.02, 0.0, 0.5, adjust_lr_fn="match_rms_adamw")
+        for _ in range(4):
+            weight.grad = torch.randn(shape)
+            other.grad = weight.grad.clone()
+            ours.step()
+            theirs.step()
+        torch.testing.assert_close(weight, other, rtol=0, atol=1e-4)  # a step moves a weight by 0.004
+
+
 def curves(precision, seed, steps, **size):
     """The losses of a run of `smoke`, each the mean over a tenth of the steps: (10, 3)."""
     run = Training(replace(vitgan_nb.PROFILES["smoke"], precision=precision, seed=seed, **size))

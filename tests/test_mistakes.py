@@ -123,6 +123,21 @@ MISTAKES = [
         [("        for part in self.parts:\n", "        for part in self.parts[:3]:\n")],
     ),
     (
+        "Muon up the gradient",
+        "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
+        [("alpha=-size)", "alpha=size)")],
+    ),
+    (
+        "Muon's step not scaled to the size of the matrix",
+        "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
+        [("size = group[\"lr\"] * math.sqrt(max(weight.shape))", "size = group[\"lr\"]")],
+    ),
+    (
+        "Muon with one round in place of five",
+        "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
+        [("for _ in range(5):\n        a = x @ x.T", "for _ in range(1):\n        a = x @ x.T")],
+    ),
+    (
         "the state of one of two optimizers not read back",
         "test_resumed_run_equals_unbroken_run",
         [("zip(self.each, state[\"each\"], strict=True)", "zip(self.each[:1], state[\"each\"])")],
