@@ -30,8 +30,8 @@
 #
 # ![samples](attachment:samples.png)
 #
-# *Samples of the `smoke` profile after 200,000 images of CIFAR-10, 25 minutes on one core of a CPU: a generator of 0.4
-# million weights, small enough to follow. The outputs stored below are of the same run.*
+# *Samples of the `smoke` profile after 200,000 images of CIFAR-10, an hour on one core of a CPU: a generator
+# of 0.9 million weights, small enough to follow. The outputs stored below are of the same run.*
 #
 # This notebook builds every part of it in PyTorch, says what goes wrong without the part, draws the part at work, and
 # checks it. Then it trains the whole on CIFAR-10. You need to know PyTorch; you need not have trained a GAN before.
@@ -42,7 +42,7 @@
 #
 # | profile | for | what it trains | how long |
 # |---|---|---|---|
-# | `smoke` | a computer without a GPU | a small model, on built-in drawings | 2 minutes on one CPU core |
+# | `smoke` | a computer without a GPU | a small model, on built-in drawings | 4 minutes on one CPU core |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes, by the clock |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
 #
@@ -3297,7 +3297,7 @@ def test_gelu_after_the_head_is_the_plateau():
 # $W_q$ where it began. Over $d$ in place of $\sqrt d$ the others start $2$ behind. The one-head bound of section 15
 # holds for either. The cell below measures it.
 #
-# **What was decided by measurement**, at the size of `smoke` on CIFAR-10: FRD, a Fréchet distance like FID on the
+# **What was decided by measurement**, on CIFAR-10 with a model of 96 × 2 and Adam: FRD, a Fréchet distance like FID on the
 # features of a CIFAR-10 classifier (`benchmarks/frd.py` in the repository), of 2,000 samples after 24,000 and 48,000
 # images; lower is better. One seed each: the same settings with two seeds gave 3,259 and 3,832 at 48,000, so
 # differences below 600 there are hints.
@@ -3326,21 +3326,29 @@ def test_gelu_after_the_head_is_the_plateau():
 # that it may notice samples that are all alike.
 #
 # Smaller batches and a higher learning rate learn more from the first 50,000 images. Single points tell little: the
-# bold row, trained again, had 3,176 at 50,000 after 2,218 at 48,000. At 200,000 images FRD was 1,803, 2,296 and 2,068
-# (three seeds, 10,000 samples), precision 0.42, 0.47 and 0.51, recall 0.01; the first of them, trained on, had 1,448,
-# 0.56 and 0.04 at 350,000. Samples come to look like photographs before they come to differ like them. These are
-# findings about a small model and a few passes over the images; `lesson` and `paper` keep the paper's learning rate
-# and cutout, which guards against learning the images by heart, and `paper` its batch.
+# bold row, trained again, had 3,176 at 50,000 after 2,218 at 48,000. These are findings about a small model and a few
+# passes over the images; `lesson` and `paper` keep the paper's learning rate and cutout, which guards against learning
+# the images by heart, and `paper` its batch.
 #
-# **What learns faster.** Two changes together go much further and are not part of `smoke` yet: Muon (Jordan et al.
-# 2024), which moves a matrix equally far in all its directions, in place of Adam for every matrix; and a larger
-# model, 128 × 3 with 8 heads. FRD was 2,192, 1,546 and 1,000 after 50,000, 100,000 and 150,000 images (5,000 samples)
-# and 974 after 200,000, with precision 0.54 and recall 0.15 (10,000 samples), in an hour on one CPU core; a second
-# seed had 2,036 after 50,000 and 1,617 after 100,000 (2,000 samples). In the repository:
-# `python benchmarks/forks.py muon-128x3`.
+# **Muon and a larger model** go much further together: `smoke` is 128 × 3, with 8 heads, and learns with Muon. FRD of
+# 2,000 samples by the number of images seen:
 #
-# **What each technique does for it.** `smoke` on CIFAR-10 with one technique taken out, 32,000 images, two seeds; FRD
-# of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three minutes each on one CPU
+# | model, optimizer | seed | 25,000 | 50,000 | 100,000 | 200,000 |
+# |---|---|---|---|---|---|
+# | 96 × 2, Adam | 0 | 3,272 | 2,666 | 2,541 | 1,755 |
+# | | 1 | 4,094 | 3,108 | 2,773 | 2,294 |
+# | | 2 | 3,303 | 2,825 | 2,651 | 2,091 |
+# | **128 × 3, Muon** | 0 | 3,031 | 3,064 | 2,145 | 1,171 |
+# | | 1 | 3,179 | 2,036 | 1,617 | 1,067 |
+#
+# With 10,000 samples the two runs of `smoke` had, after 200,000 images, FRD 1,147 and 1,045, precision
+# 0.55 and 0.52 and recall 0.11 and 0.13; those of 96 × 2 with Adam 1,803, 2,296 and
+# 2,068, precision 0.42, 0.47 and 0.51 and recall 0.01. Samples come to look like photographs before they come to
+# differ like them. In the repository, `python benchmarks/curve.py --images 25000 50000 100000 200000` trains `smoke`
+# (an hour on one CPU core), `python benchmarks/forks.py` the others, and `python benchmarks/frd.py` measures.
+#
+# **What each technique does for it.** The model of 96 × 2 with Adam, one technique taken out, 32,000 images of CIFAR-10,
+# two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three minutes each on one CPU
 # core, and draws their samples, and `python benchmarks/frd.py runs/ablations/*.npz` measures them.
 #
 # | run | what takes the technique's place | FRD, seed 0 | seed 1 |
