@@ -2477,6 +2477,15 @@ def draw_progress(figure, run: Training):
     figure.tight_layout()
 
 
+def save_progress(run: Training, path: Path):
+    """`draw_progress` as a PNG file."""
+    figure = plt.figure(figsize=(11, 3.4))
+    draw_progress(figure, run)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    plt.close(figure)
+
+
 def save_picture(images: Tensor, path: Path, columns: int = 8):
     from PIL import Image
 
@@ -2536,13 +2545,10 @@ class Reporter:
 
     def close(self):
         self.bar.close()
-        save_picture(self.run.samples(), self.folder / "samples.png")
-        figure = self.figure or plt.figure(figsize=(11, 3.4))
-        draw_progress(figure, self.run)
-        figure.savefig(self.folder / "progress.png", dpi=110)
         if self.handle:
-            self.handle.update(figure)
-        plt.close(figure)
+            draw_progress(self.figure, self.run)
+            self.handle.update(self.figure)
+            plt.close(self.figure)
 
 
 # %%
@@ -2693,6 +2699,15 @@ class Keeper:
                 self.write(copy_whole, self.folder / f"checkpoint-{run.step:09d}.pt", self.folder / "best.pt")
         return written
 
+    def finish(self):
+        """Write what is there beside checkpoints at the end. Done again by a run that was killed in the midst of it."""
+        if self.first:
+            for killed in self.folder.glob(".*.partial"):
+                self.write(killed.unlink)
+        self.write(save_generator, self.run.average.module, self.folder / "generator.safetensors")
+        self.write(save_picture, self.run.samples(), self.folder / "samples.png")
+        self.write(save_progress, self.run, self.folder / "progress.png")
+
     def take_back(self):
         """Back to the last sound checkpoint, on with other random numbers. Raises `BadInput` the fourth time."""
         run, self.taken_back = self.run, self.taken_back + 1
@@ -2745,6 +2760,7 @@ def train(config: Config, resume: bool | str | Path | Training = True) -> Traini
 
     if out_of_steps() or out_of_time():
         keeper.say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
+        keeper.finish()
         if LIVE:
             draw_progress(plt.figure(figsize=(11, 3.4)), run)
             plt.show()
@@ -2799,8 +2815,8 @@ def train(config: Config, resume: bool | str | Path | Training = True) -> Traini
     if not run.history:  # a very short run: say at least once how it went
         keeper.report("record", run.record())
     saved = keeper.save(scored=any("kid" in note for note in run.notes))
-    keeper.write(save_generator, run.average.module, folder / "generator.safetensors")
     keeper.report("close")
+    keeper.finish()
     where = f"all in {folder}" if saved else f"NOT saved to {folder}, where the last checkpoint is of an earlier step"
     keeper.say(f"Step {run.step:,}, {run.step * config.batch_size:,} images, {duration(run.seconds)}; {where}.")
     return run

@@ -112,6 +112,18 @@ def kill_until(kills, tmp_path):
     return cut
 
 
+def test_killed_after_the_last_checkpoint_it_ends_again(tiny, capsys):
+    run = train(tiny)
+    folder = run_folder(tiny)
+    at_the_end = ("generator.safetensors", "samples.png", "progress.png")
+    files = {name: (folder / name).read_bytes() for name in at_the_end}
+    (folder / "generator.safetensors").unlink()
+    (folder / "samples.png").rename(folder / ".samples.png.partial")
+    assert train(tiny).step == run.step and "Nothing to do" in capsys.readouterr().out
+    assert {name: (folder / name).read_bytes() for name in at_the_end} == files
+    assert not list(folder.glob(".*"))
+
+
 def test_killed_at_thirty_random_moments(tmp_path):
     assert kill_until(30, tmp_path) > 0, "no kill fell into a write: the test has lost its point"
 
