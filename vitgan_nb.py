@@ -2481,9 +2481,9 @@ def save_progress(run: Training, path: Path):
     """`draw_progress` as a PNG file."""
     figure = plt.figure(figsize=(11, 3.4))
     draw_progress(figure, run)
+    plt.close(figure)  # only pyplot forgets it
     with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
-    plt.close(figure)
 
 
 def save_picture(images: Tensor, path: Path, columns: int = 8):
@@ -2760,7 +2760,8 @@ def train(config: Config, resume: bool | str | Path | Training = True) -> Traini
 
     if out_of_steps() or out_of_time():
         keeper.say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
-        keeper.finish()
+        if checkpoints(folder)[:1] == [folder / f"checkpoint-{run.step:09d}.pt"]:  # not gone back to an older one
+            keeper.finish()
         if LIVE:
             draw_progress(plt.figure(figsize=(11, 3.4)), run)
             plt.show()
@@ -3313,9 +3314,9 @@ def test_gelu_after_the_head_is_the_plateau():
 # $W_q$ where it began. Over $d$ in place of $\sqrt d$ the others start $2$ behind. The one-head bound of section 15
 # holds for either. The cell below measures it.
 #
-# **What was decided by measurement**, on CIFAR-10 with a model of 96 × 2 and Adam: FRD, a Fréchet distance like FID on the
-# features of a CIFAR-10 classifier (`benchmarks/frd.py` in the repository), of 2,000 samples after 24,000 and 48,000
-# images; lower is better. One seed each: the same settings with two seeds gave 3,259 and 3,832 at 48,000, so
+# **What was decided by measurement**, on CIFAR-10 with a model of 96 × 2 and Adam: FRD, a Fréchet distance like FID on
+# the features of a CIFAR-10 classifier (`benchmarks/frd.py` in the repository), of 2,000 samples after 24,000 and
+# 48,000 images; lower is better. One seed each: the same settings with two seeds gave 3,259 and 3,832 at 48,000, so
 # differences below 600 there are hints.
 #
 # | settings | 24,000 | 48,000 |
@@ -3367,8 +3368,8 @@ def test_gelu_after_the_head_is_the_plateau():
 # `python benchmarks/forks.py` the others, and `python benchmarks/frd.py` measures.
 #
 # **What each technique does for it.** The model of 96 × 2 with Adam, one technique taken out, 32,000 images of CIFAR-10,
-# two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three minutes each on one CPU
-# core, and draws their samples, and `python benchmarks/frd.py runs/ablations/*.npz` measures them.
+# two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three minutes each
+# on one CPU core, and draws their samples, and `python benchmarks/frd.py runs/ablations/*.npz` measures them.
 #
 # | run | what takes the technique's place | FRD, seed 0 | seed 1 |
 # |---|---|---|---|

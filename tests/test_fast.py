@@ -162,6 +162,6 @@ def test_bfloat16_trains_as_float32():
 
 @pytest.mark.slow
 def test_bfloat16_trains_as_float32_at_full_size():
-    """The same over 300 steps of `smoke` itself: four minutes."""
+    """The same over 300 steps of `smoke` itself."""
     distance = distance_in_spreads(300)
     assert (distance < 1).all(), distance

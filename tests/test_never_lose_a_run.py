@@ -124,6 +124,16 @@ def test_killed_after_the_last_checkpoint_it_ends_again(tiny, capsys):
     assert not list(folder.glob(".*"))
 
 
+def test_going_back_to_an_older_checkpoint_leaves_the_end_of_the_newer(tiny, capsys):
+    train(tiny)
+    train(replace(tiny, steps=16))
+    folder = run_folder(tiny)
+    newer = (folder / "generator.safetensors").read_bytes()
+    assert train(tiny, resume=folder / "checkpoint-000000012.pt").step == 12
+    assert "Nothing to do" in capsys.readouterr().out
+    assert (folder / "generator.safetensors").read_bytes() == newer
+
+
 def test_killed_at_thirty_random_moments(tmp_path):
     assert kill_until(30, tmp_path) > 0, "no kill fell into a write: the test has lost its point"
 
