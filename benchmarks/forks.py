@@ -1,9 +1,9 @@
-"""Train a profile with other settings, and leave samples on the way: the runs by which settings are decided.
+"""Train one model with a single thing changed, and leave samples on the way: the runs by which settings are decided.
 
-    python benchmarks/forks.py NAME [--profile smoke] [--images 25000 50000 100000 200000] [--seed 0] [--out runs/forks]
+    python benchmarks/forks.py NAME [--profile small] [--images 32000 48000 64000] [--seed 0] [--out runs/forks]
 
-Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints
-one line of JSON at each number of images.
+`small` is `smoke` at 96 x 2. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8 (N, 32, 32, 3) for
+`benchmarks/frd.py`, and prints one line of JSON at each number of images. What is there already is not trained again.
 """
 
 import argparse
@@ -12,34 +12,90 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vitgan_nb as v
-from benchmarks.ablations import SMALL, save, train_changed
+from benchmarks.ablations import save, train_changed
 
-FORKS = {  # name: changes of the configuration
-    "adam": {"optimizer": "adam"},
-    "muon": {"optimizer": "muon"},
-    "96x2": SMALL | {"heads": 6, "optimizer": "muon"},
-    "96x2-adam": SMALL,
-    "bcr-1": {"bcr_real": 1.0, "bcr_fake": 1.0},
-    "cutout": {"augment": "color,translation,cutout"},
-    "rate-0.002": {"learning_rate": 0.002},
-    "batch-32": {"batch_size": 32},
+
+class ScaledByGamma(v.SelfModulatedLayerNorm):
+    """The scale is gamma as the paper prints it, not 1 + gamma."""
+
+    def forward(self, h: Tensor, w: Tensor) -> Tensor:
+        gamma, beta = self.gamma_beta(w)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        return gamma * self.norm(h) + beta  # (B, N, D)
+
+
+class WavesDiscriminator(v.Discriminator):
+    """The position embedding starts as plane waves of amplitude 1, not as noise of 0.02."""
+
+    def __init__(self, config: v.Config):
+        super().__init__(config)
+        with torch.no_grad():
+            self.position[1:] = v.waves(config.dim, torch.pi)(v.patch_centres(config.grid)).sin()
+
+
+class WarmedUpTraining(v.Training):
+    """The learning rate grows to its value over the first 1,000 steps."""
+
+    def train_step(self):
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            for group in optimizer.param_groups:
+                group.setdefault("full", group["lr"])
+                group["lr"] = group["full"] * min(1.0, (self.step + 1) / 1000)
+        super().train_step()
+
+
+class PenalisedTraining(v.Training):
+    """R1 (Mescheder et al. 2018) of weight 0.1 beside the consistency."""
+
+    def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
+        loss, consistency = super().discriminator_objective(real)
+        real = real.requires_grad_()
+        with self.autocast():
+            logits = self.discriminator(real).float()
+        (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+        return loss, consistency + 0.05 * gradient.square().sum((1, 2, 3)).mean()
+
+
+SMALL = replace(v.PROFILES["smoke"], dim=96, depth=2, heads=6, siren_dim=96)
+FORKS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
+    "as-it-is": ({}, {}),
+    "adam": ({}, {"optimizer": "adam"}),
+    "gamma": ({"SelfModulatedLayerNorm": ScaledByGamma}, {}),
+    "no-flips": ({"real_batch": lambda images, indices: v.to_float(images[indices])}, {}),
+    "omega-3": ({}, {"omega_0": 3.0}),
+    "siren-depth-3": ({}, {"siren_depth": 3}),
+    "siren-width-192": ({}, {"siren_dim": 192}),
+    "bcr-1": ({}, {"bcr_real": 1.0, "bcr_fake": 1.0}),
+    "cutout": ({}, {"augment": "color,translation,cutout"}),
+    "rate-0.002": ({}, {"learning_rate": 0.002}),
+    "rate-0.008": ({}, {"learning_rate": 0.008}),
+    "batch-32": ({}, {"batch_size": 32}),
+    "warm-up": ({"Training": WarmedUpTraining}, {}),
+    "waves-in-D": ({"Discriminator": WavesDiscriminator}, {}),
+    "r1": ({"Training": PenalisedTraining}, {}),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=FORKS)
-    parser.add_argument("--profile", choices=v.PROFILES, default="smoke")
-    parser.add_argument("--images", type=int, nargs="+", default=[25_000, 50_000, 100_000, 200_000], help="ascending")
+    parser.add_argument("--profile", choices=["small", *v.PROFILES], default="small")
+    parser.add_argument("--images", type=int, nargs="+", default=[32_000, 48_000, 64_000], help="in ascending order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/forks"))
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
-    config = replace(v.PROFILES[flags.profile], dataset="cifar10", seed=flags.seed, **FORKS[flags.name])
-    for line, samples in train_changed(config, {}, flags.images):
-        save(samples, flags.out / f"{flags.profile}-{flags.name}-{flags.seed}-{line['images']:09d}.npz")
+    paths = [flags.out / f"{flags.profile}-{flags.name}-{flags.seed}-{images:09d}.npz" for images in flags.images]
+    if all(path.exists() for path in paths):
+        return
+    changed, fields = FORKS[flags.name]
+    config = replace((v.PROFILES | {"small": SMALL})[flags.profile], dataset="cifar10", seed=flags.seed, **fields)
+    for path, (line, samples) in zip(paths, train_changed(config, changed, flags.images), strict=True):
+        save(samples, path)
         print(json.dumps({"profile": flags.profile, "name": flags.name} | line), flush=True)
 
 
