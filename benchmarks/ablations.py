@@ -91,9 +91,9 @@ class NotAugmentedTraining(v.Training):
         consistency = consistency + v.balanced_consistency(fake_plain, fake_augmented, self.config.bcr_fake)
         return v.discriminator_loss(real_plain, fake_plain), consistency
 
-    def generator_objective(self) -> Tensor:
+    def generator_objective(self) -> tuple[Tensor]:
         with self.autocast():
-            return v.generator_loss(self.discriminator(self.generator(self.latents(self.config.batch_size))).float())
+            return (v.generator_loss(self.discriminator(self.generator(self.latents(self.config.batch_size))).float()),)
 
 
 SMALL = {"dim": 96, "depth": 2, "heads": 3, "siren_dim": 96, "optimizer": "adam"}

@@ -64,6 +64,7 @@ SMALL = replace(v.PROFILES["smoke"], dim=96, depth=2, heads=6, siren_dim=96)
 FORKS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
     "as-it-is": ({}, {}),
     "adam": ({}, {"optimizer": "adam"}),
+    "muon": ({}, {"optimizer": "muon"}),
     "gamma": ({"SelfModulatedLayerNorm": ScaledByGamma}, {}),
     "no-flips": ({"real_batch": lambda images, indices: v.to_float(images[indices])}, {}),
     "omega-3": ({}, {"omega_0": 3.0}),

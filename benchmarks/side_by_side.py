@@ -82,7 +82,7 @@ class TextbookTraining(fast.Training):
             for n in (self.generator, self.discriminator)
         )
 
-    def discriminator_step(self) -> tuple[Tensor, Tensor]:
+    def discriminator_step(self) -> list[Tensor]:
         config, d = self.config, self.discriminator
         indices = fast.batch_indices(len(self.images), config.batch_size, self.step, config.seed)
         real = fast.real_batch(self.images, indices)
@@ -94,9 +94,9 @@ class TextbookTraining(fast.Training):
         self.optimizer_d.zero_grad()
         (loss + consistency).backward()
         self.optimizer_d.step()
-        return loss.detach(), consistency.detach()
+        return [loss.detach(), consistency.detach()]
 
-    def generator_step(self) -> Tensor:
+    def generator_step(self) -> list[Tensor]:
         config = self.config
         fake = self.generator(self.latents(config.batch_size))
         loss = fast.generator_loss(self.discriminator(fast.diff_augment(fake, config.augment)))
@@ -105,7 +105,7 @@ class TextbookTraining(fast.Training):
         self.optimizer_g.step()
         decay = 0.5 ** (config.batch_size / min(config.ema_half_life, 0.05 * (self.step + 1) * config.batch_size))
         textbook_average(self.average.module, self.generator, decay)
-        return loss.detach()
+        return [loss.detach()]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitgan_nb
-from vitgan_nb import BadInput, Config, read_folder
+from vitgan_nb import BadInput, Config, evaluate, read_cifar10, read_folder
 
 CONFIGURATIONS = [
     ("--image-size 30", "image_size is 30, but must be a multiple of patch_size"),
@@ -135,6 +135,30 @@ def test_cifar10_without_data_and_network(tmp_path):
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and "VITGAN_DATA" in process.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_download_is_cleared_away_and_nothing_else(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def full(root, train, download):
+        if not download:
+            raise RuntimeError("not found")
+        (root / "cifar-10-batches-py").mkdir(parents=True)
+        (root / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"the first bytes")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", full)
+    (tmp_path / "mine.tar.gz").touch()
+    for root in (tmp_path, tmp_path / "new"):
+        with pytest.raises(BadInput, match="could not be downloaded .No space left on device"):
+            read_cifar10(root)
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.tar.gz"]
+
+
+def test_too_few_images_to_measure():
+    images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(BadInput, match="3 images are too few"):
+        evaluate(images, images, "thumbnails")
 
 
 def test_folder_of_odd_images_is_read(tmp_path, capsys):

@@ -101,7 +101,7 @@ def test_one_step_equals_the_textbook_step(in_float64, monkeypatch):
         run.optimizer_d.register_step_pre_hook(note)
         run.optimizer_g.register_step_pre_hook(note)
         torch.manual_seed(5)
-        losses = [*run.discriminator_step(), run.generator_step()]
+        losses = [*run.discriminator_step(), *run.generator_step()]
         assert len(gradient) == 2
         found.append((losses, gradient))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
@@ -133,6 +133,13 @@ def test_muon_equals_the_librarys():
             ours.step()
             theirs.step()
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-4)  # a step moves a weight by 0.004
+
+
+def test_muon_in_float16_sees_small_gradients():
+    gradient = torch.randn(32, 64)
+    for dtype in (torch.float16, torch.bfloat16):
+        small, plain = (vitgan_nb.orthogonalized(gradient * scale, dtype) for scale in (2.0**-27, 1.0))
+        assert torch.equal(small, plain)
 
 
 def curves(precision, seed, steps, **size):

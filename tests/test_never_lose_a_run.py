@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, SCRIPT, TINY, run_script
 
 import vitgan_nb
-from vitgan_nb import Training, checkpoints, load_checkpoint, run_folder, train
+from vitgan_nb import Training, checkpoints, load_checkpoint, run_folder, save_checkpoint, train
 
 
 @pytest.fixture
@@ -248,6 +249,43 @@ def test_the_newest_two_and_the_best_are_kept(tiny, monkeypatch, capsys):
     assert [note["kid"] for note in noted if "kid" in note] == [5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 3.5, 3.5]
 
 
+def test_a_best_that_could_not_be_written_is_not_taken_for_written(tiny, monkeypatch):
+    scores, copies = iter([5.0, 3.0, 4.0]), []
+
+    def copy(path, to):
+        copies.append(path.name)
+        if len(copies) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        shutil.copyfile(path, to)
+
+    monkeypatch.setattr(vitgan_nb, "CHECKPOINT_MINUTES", 0)
+    monkeypatch.setattr(vitgan_nb, "score", lambda run: next(scores))
+    monkeypatch.setattr(vitgan_nb, "copy_whole", copy)
+    train(replace(tiny, steps=3))
+    assert load_checkpoint(run_folder(tiny) / "best.pt")["step"] == 3  # 4.0: better than the 5.0 that is there
+
+
+def test_a_checkpoint_of_another_version_is_refused(tiny):
+    path = save_checkpoint(Training(tiny), run_folder(tiny))
+    state = load_checkpoint(path)
+    for part in ("generator", "optimizer_d"):
+        other = state | {part: {"something": torch.zeros(3)}}
+        torch.save(other, path)
+        with pytest.raises(vitgan_nb.BadInput, match=f"{part} is of another version .* move the run's folder"):
+            train(tiny)
+    torch.save(state | {"average": {"module.something": torch.zeros(3)}}, path)
+    with pytest.raises(vitgan_nb.BadInput, match="no generator of this version"):
+        vitgan_nb.load_generator(path)
+
+
+def test_going_on_with_other_images_is_told(tiny, capsys):
+    run = Training(tiny)
+    run.images = run.images[1:]
+    save_checkpoint(run, run_folder(tiny))
+    train(tiny)
+    assert "before 9,999 images, now 10,000 images" in capsys.readouterr().out
+
+
 def test_the_score_is_low_for_real_images(tiny, monkeypatch):
     pytest.importorskip("torch_fidelity")
     run = Training(tiny)
@@ -300,7 +338,11 @@ def test_a_disk_that_stays_full_is_an_error_of_the_command(tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(state, file)
 
+    def safetensors_full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: No space left on device (os error 28)")
+
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", safetensors_full)
     assert vitgan_nb.main(["train", *TINY, "--steps", "3"]) == 2
     told = capsys.readouterr()
     assert "the last checkpoint could not be written" in told.err
