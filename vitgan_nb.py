@@ -31,7 +31,8 @@
 # ![samples](attachment:samples.png)
 #
 # *Samples of the `smoke` profile after 200,000 images of CIFAR-10, an hour on one core of a CPU: a generator
-# of 0.9 million weights, small enough to follow. The outputs stored below are of the same run.*
+# of 0.9 million weights, small enough to follow. The outputs stored below are of the same run, which was trained
+# beforehand: where they say "Nothing to do", yours will train.*
 #
 # This notebook builds every part of it in PyTorch, says what goes wrong without the part, draws the part at work, and
 # checks it. Then it trains the whole on CIFAR-10. You need to know PyTorch; you need not have trained a GAN before.
@@ -1999,15 +2000,15 @@ def adam(weights: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimiz
 
 
 def orthogonalized(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """About UVᵀ for g = USVᵀ of shape (m, n), by products in `dtype` (Jordan et al. 2024, "Newton-Schulz")."""
+    """About UVᵀ for each g = USVᵀ of (K, m, n), by products in `dtype` (Jordan et al. 2024, "Newton-Schulz")."""
     if dtype == torch.float16:
-        g = g / g.norm().clamp(min=1e-30)  # before the conversion: float16 knows nothing below 6e-8
-    x = (g.T if g.shape[0] > g.shape[1] else g).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
+        g = g / g.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)  # float16 knows nothing below 6e-8
+    x = (g.mT if g.shape[1] > g.shape[2] else g).to(dtype)  # (K, m, n), m ≤ n
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # (K, m, n)
     for _ in range(5):
-        a = x @ x.T
-        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if g.shape[0] > g.shape[1] else x
+        a = x @ x.mT  # (K, m, m)
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)  # (K, m, n)
+    return x.mT if g.shape[1] > g.shape[2] else x
 
 
 class MatrixMuon(torch.optim.Optimizer):
@@ -2023,6 +2024,7 @@ class MatrixMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # matrices of one shape go through the products together
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -2030,9 +2032,12 @@ class MatrixMuon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 state["momentum"].lerp_(weight.grad, 0.5)
-                smoothed = weight.grad.lerp(state["momentum"], 0.5)
-                size = group["lr"] * math.sqrt(max(weight.shape))
-                weight.add_(orthogonalized(smoothed, self.dtype), alpha=-size)
+                alike.setdefault(weight.shape, {})[weight] = weight.grad.lerp(state["momentum"], 0.5)
+            for shape, smoothed in alike.items():
+                steps = orthogonalized(torch.stack([*smoothed.values()]), self.dtype)  # (K, m, n)
+                size = group["lr"] * math.sqrt(max(shape))
+                for weight, step in zip(smoothed, steps, strict=True):
+                    weight.add_(step, alpha=-size)
 
 
 class Muon:
@@ -2392,6 +2397,7 @@ def copy_whole(path: Path, to: Path):
         shutil.copyfile(path, partial)
 
 
+# %%
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, newest first."""
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
@@ -2420,6 +2426,7 @@ def save_checkpoint(run: Training, folder: Path) -> Path:
     return path
 
 
+# %%
 def load_checkpoint(path: Path | str) -> dict:
     """The state in a checkpoint, on the CPU. Raises `BadInput` for a file that is missing, damaged or not one of ours."""
     try:
@@ -2525,6 +2532,7 @@ def save_picture(images: Tensor, path: Path, columns: int = 8):
         Image.fromarray(to_grid(images, columns)).save(partial, format="PNG")
 
 
+# %%
 class Reporter:
     """Tells how a run goes: a bar, one live figure in a notebook, and in `folder` a log and sample grids."""
 
@@ -2618,6 +2626,7 @@ def estimate(run: Training, step_seconds: float) -> str:
     return f"{pace}, about {duration(min(left))} to go" if left else f"{pace}, until stopped"
 
 
+# %%
 def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
     """Bring `run` to where it stopped: `resume` is a checkpoint, or True for the newest sound one. Returns one line."""
     if not isinstance(resume, bool):
@@ -2639,6 +2648,7 @@ def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
     return told.rstrip()
 
 
+# %%
 @contextlib.contextmanager
 def interrupts_wait():
     """Gives a list that an interrupt (Ctrl-C, the stop button, SIGTERM) is noted in, so that a step is never cut in two.
@@ -2674,6 +2684,7 @@ def score(run: Training) -> float | None:
     return None
 
 
+# %%
 def kid_of(path: Path) -> float:
     """The score of a checkpoint; infinity where there is none."""
     with contextlib.suppress(BadInput, ValueError):
@@ -3357,10 +3368,10 @@ def test_gelu_after_the_head_is_the_plateau():
 #
 # **The temperature of L2 attention.** Written as in the paper, the logits of the attention are
 # $-\|q_i-q_j\|^2/\sqrt d$. For normalised tokens the squared distance to another token is about $2d$ and to oneself
-# 0, so the others start $2\sqrt d$ behind: at $d = 32$ a factor of $e^{-11}$ each. The class token then attends to
-# itself and next to nothing of the image reaches the head; and improved spectral normalisation *keeps* the scale of
+# 0, so the others start $2\sqrt d$ behind: at $d = 64$ a factor of $e^{-16}$ each. The class token then attends to
+# itself and nothing of the image reaches the head; and improved spectral normalisation *keeps* the scale of
 # $W_q$ where it began. Over $d$ in place of $\sqrt d$ the others start $2$ behind. The one-head bound of section 15
-# holds for either. The cell below measures it.
+# holds for either. The cell below measures it at the paper's size.
 #
 # **What was decided by measurement**, on CIFAR-10 with a model of 96 × 2 and Adam: FRD, a Fréchet distance like FID on
 # the features of a CIFAR-10 classifier (`benchmarks/frd.py` in the repository), of 2,000 samples after 24,000 and
@@ -3448,7 +3459,7 @@ def test_gelu_after_the_head_is_the_plateau():
 @demo
 @torch.no_grad()
 def what_the_class_token_sees_before_training():
-    discriminator = Discriminator(PROFILES["smoke"])
+    discriminator = Discriminator(PROFILES["paper"])
     block = discriminator.blocks[0]
     h = block.norm1(discriminator.tokens(to_float(draw_shapes(64))))
     q = split_heads(block.attention.qk(h), block.attention.heads)
@@ -3482,8 +3493,9 @@ def what_the_class_token_sees_before_training():
 # The times are of one part each, so they do not multiply to that of the whole step.
 #
 # On one GPU the two losses and their gradients are compiled as well and replayed as graphs, so that no time goes into
-# starting thousands of small programs. A T4 multiplies at 65 TFLOP/s at best; at a quarter of that the `lesson`
-# profile (3.5 GFLOP an image) would see 4,600 images a second. That is an estimate: it has not been measured.
+# starting thousands of small programs; the optimizer is not: Adam's step is one program, Muon's some hundreds. A T4
+# multiplies at 65 TFLOP/s at best; at a quarter of that the `lesson` profile (3.5 GFLOP an image) would see 4,600
+# images a second. That is an estimate: it has not been measured.
 #
 # How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile.
 # *Left*, larger images at the same patch: four times the tokens cost four times as much in every layer that treats

@@ -136,7 +136,7 @@ def test_muon_equals_the_librarys():
 
 
 def test_muon_in_float16_sees_small_gradients():
-    gradient = torch.randn(32, 64)
+    gradient = torch.randn(2, 32, 64)
     for dtype in (torch.float16, torch.bfloat16):
         small, plain = (vitgan_nb.orthogonalized(gradient * scale, dtype) for scale in (2.0**-27, 1.0))
         assert torch.equal(small, plain)

@@ -130,12 +130,12 @@ MISTAKES = [
     (
         "Muon's step not scaled to the size of the matrix",
         "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
-        [("size = group[\"lr\"] * math.sqrt(max(weight.shape))", "size = group[\"lr\"]")],
+        [("size = group[\"lr\"] * math.sqrt(max(shape))", "size = group[\"lr\"]")],
     ),
     (
         "Muon with one round in place of five",
         "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
-        [("for _ in range(5):\n        a = x @ x.T", "for _ in range(1):\n        a = x @ x.T")],
+        [("for _ in range(5):\n        a = x @ x.mT", "for _ in range(1):\n        a = x @ x.mT")],
     ),
     (
         "the state of one of two optimizers not read back",
