@@ -3396,9 +3396,9 @@ def test_gelu_after_the_head_is_the_plateau():
 # A third run of the first row had 2,727, but some pairs differ by 1,000: so most of these rows tell nothing. Two do. With
 # a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **another modulated layer in the
 # SIREN**, three in place of two with the one to RGB counted, is well below all others, and its recall above theirs.
-# `smoke` itself with it (seed 1; `--profile smoke`) had 2,789, 1,771 and 1,581 at 25,000, 50,000 and 100,000 images: at
-# 50,000 ahead of its three runs in the next table, at 100,000 among them. Whether it ends further is not measured, so
-# `smoke` keeps two.
+# `smoke` itself with it (`--profile smoke`) had 3,180 and 2,789 at 25,000 images, 1,775 and 1,771 at 50,000 and, seed 1,
+# 1,581 at 100,000: at 50,000 ahead of its three runs in the last table of this part, at 100,000 among them. Whether it
+# ends further is not measured, so `smoke` keeps two.
 #
 # γ or 1 + γ, flips, cutout, ω₀, the width of the SIREN, warm-up, the position embedding, the weight of bCR: no difference
 # beyond the seeds'. In the repository, `python benchmarks/forks.py NAME --seed 0 --images 24000 36000 48000` trains a row,
