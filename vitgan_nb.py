@@ -3389,6 +3389,7 @@ def test_gelu_after_the_head_is_the_plateau():
 # | learning rate grows over the first 1,000 steps | 2,786 | 2,924 | 0.34 | 0.40 | 0.006 | 0.015 |
 # | batches of 32 in place of 16 | 3,546 | 2,741 | 0.31 | 0.26 | 0.004 | 0.010 |
 # | bCR 1 / 1 in place of 0.3 / 0.3 | 2,073 | 2,977 | 0.41 | 0.46 | 0.011 | 0.008 |
+# | R1 of weight 0.1 beside bCR | 2,872 | 2,479 | 0.42 | 0.51 | 0.004 | 0.013 |
 # | DiffAugment with cutout | 2,974 | 2,678 | 0.40 | 0.37 | 0.003 | 0.004 |
 # | no mirrored images | 3,132 | 2,159 | 0.42 | 0.43 | 0.010 | 0.007 |
 # | position embedding of the discriminator begins as waves of amplitude 1 | 2,740 | 2,691 | 0.35 | 0.33 | 0.011 | 0.009 |
@@ -3397,10 +3398,10 @@ def test_gelu_after_the_head_is_the_plateau():
 # a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **another modulated layer in the
 # SIREN**, three in place of two with the one to RGB counted, is well below all others, and its recall above theirs.
 # `smoke` itself with it (`--profile smoke`) had 3,180 and 2,789 at 25,000 images, 1,775 and 1,771 at 50,000 and, seed 1,
-# 1,581 at 100,000: at 50,000 ahead of its three runs in the last table of this part, at 100,000 among them. Whether it
+# 1,581 at 100,000: at 50,000 ahead of its three runs in the table of Muon below, at 100,000 among them. Whether it
 # ends further is not measured, so `smoke` keeps two.
 #
-# γ or 1 + γ, flips, cutout, ω₀, the width of the SIREN, warm-up, the position embedding, the weight of bCR: no difference
+# γ or 1 + γ, flips, cutout, ω₀, the width of the SIREN, warm-up, the position embedding, bCR's weight, R1: no difference
 # beyond the seeds'. In the repository, `python benchmarks/forks.py NAME --seed 0 --images 24000 36000 48000` trains a row,
 # six minutes on one CPU core.
 #
