@@ -1,8 +1,8 @@
 """Train one model with a single thing changed, and leave samples on the way: the runs by which settings are decided.
 
-    python benchmarks/forks.py NAME [--profile small] [--images 32000 48000 64000] [--seed 0] [--out runs/forks]
+    python benchmarks/forks.py NAME [--profile small] [--images 24000 36000 48000] [--seed 0] [--out runs/forks]
 
-`small` is `smoke` at 96 x 2. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8 (N, 32, 32, 3) for
+`small` is `smoke` at 96 x 2 and 6 heads. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8 (N, 32, 32, 3) for
 `benchmarks/frd.py`, and prints one line of JSON at each number of images. What is there already is not trained again.
 """
 
@@ -85,7 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=FORKS)
     parser.add_argument("--profile", choices=["small", *v.PROFILES], default="small")
-    parser.add_argument("--images", type=int, nargs="+", default=[32_000, 48_000, 64_000], help="in ascending order")
+    parser.add_argument("--images", type=int, nargs="+", default=[24_000, 36_000, 48_000], help="in ascending order")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/forks"))
     flags = parser.parse_args()

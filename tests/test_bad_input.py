@@ -145,6 +145,7 @@ def test_half_a_download_is_cleared_away_and_nothing_else(tmp_path, monkeypatch)
             raise RuntimeError("not found")
         (root / "cifar-10-batches-py").mkdir(parents=True)
         (root / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"the first bytes")
+        (tmp_path / "mine.txt").touch()  # what comes while it downloads stays too
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", full)
@@ -152,7 +153,19 @@ def test_half_a_download_is_cleared_away_and_nothing_else(tmp_path, monkeypatch)
     for root in (tmp_path, tmp_path / "new"):
         with pytest.raises(BadInput, match="could not be downloaded .No space left on device"):
             read_cifar10(root)
-        assert [path.name for path in tmp_path.iterdir()] == ["mine.tar.gz"]
+        assert {path.name for path in tmp_path.iterdir()} == {"mine.tar.gz", "mine.txt"}
+
+
+def test_a_folder_gone_in_the_meantime_hides_no_message(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def no_network(root, train, download):
+        raise RuntimeError("no network" if download else "not found")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
+    with pytest.raises(BadInput, match="no network"):
+        read_cifar10(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_few_images_to_measure():

@@ -148,6 +148,19 @@ def test_samples_stream_to_disk(finished_run, tmp_path):
     )
 
 
+def test_checks_run_on_the_cpu_and_nothing_else_does(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen = []
+
+    def fails():
+        seen.append(vitgan_nb.best_device().type)
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        vitgan_nb.check(fails)()
+    assert seen == ["cpu"] and vitgan_nb.best_device().type == "cuda"
+
+
 class FailsBackwards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
