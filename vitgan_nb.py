@@ -32,7 +32,7 @@
 #
 # *Samples of the `smoke` profile after 200,000 images of CIFAR-10, an hour on one core of a CPU: a generator
 # of 0.9 million weights, small enough to follow. The outputs stored below are of the same run, which was trained
-# beforehand: where they say "Nothing to do", yours will train.*
+# beforehand, with more steps than the plan names: where they say "Nothing to do", yours will train.*
 #
 # This notebook builds every part of it in PyTorch, says what goes wrong without the part, draws the part at work, and
 # checks it. Then it trains the whole on CIFAR-10. You need to know PyTorch; you need not have trained a GAN before.
@@ -43,7 +43,7 @@
 #
 # | profile | for | what it trains | how long |
 # |---|---|---|---|
-# | `smoke` | a computer without a GPU | a small model, on built-in drawings | 4 minutes on one CPU core |
+# | `smoke` | a computer without a GPU | a small model, on built-in drawings | 4 to 6 minutes on one CPU core |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes, by the clock |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
 #
@@ -59,7 +59,7 @@
 # [21 Train](#train) ·
 # **After:** [22 Measure](#measure) · [23 Explore](#explore) · [24 Break it](#break) ·
 # [25 What differs from the paper, the blog post and the authors' code](#differences) · [26 Speed, and more than one GPU](#gpus) ·
-# [27 References](#references)
+# [27 References](#references) · [28 The command line](#command-line)
 
 # %% [markdown]
 # <a name="set-up"></a>
@@ -67,9 +67,11 @@
 #
 # Choose here, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the
 # profile says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your
-# images, or CIFAR-10's folder; `MINUTES` 0 keeps the profile's limit; `SAVE_TO_DRIVE` keeps the run in your Google
-# Drive and asks for permission once. A run that was cut off goes on from its last checkpoint when the notebook is run
-# again.
+# images or, with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit; without a GPU, `DATASET`
+# cifar10 and `MINUTES` 60 give about the picture above.
+#
+# A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
+# away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
 
 # %%
 # @title Settings { display-mode: "form" }
@@ -77,6 +79,7 @@ PROFILE = "auto"  # @param ["auto", "smoke", "lesson", "paper"]
 DATASET = "auto"  # @param ["auto", "cifar10", "shapes", "folder"]
 FOLDER = ""  # @param {type: "string"}
 MINUTES = 0  # @param {type: "number"}
+SEED = 0  # @param {type: "integer"}
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 
 # %%
@@ -90,6 +93,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -186,7 +190,8 @@ def option(default, meaning: str):
 
 @dataclass(frozen=True)
 class Config:
-    """One run, completely described. The defaults are the paper's for CIFAR-10 (Lee et al. 2022, "Implementation Details").
+    """One run, completely described. The defaults are the paper's for CIFAR-10 (Lee et al. 2022, "Implementation
+    Details"), but for what section 25 lists.
 
     Raises `BadInput`, naming the value and what is accepted, for a combination that cannot work.
     """
@@ -198,7 +203,7 @@ class Config:
     dim: int = option(384, "width D of a token")
     depth: int = option(4, "Transformer blocks in each network")
     heads: int = option(6, "attention heads; divides dim")
-    mlp_ratio: int = option(4, "hidden width of an MLP over dim")
+    mlp_ratio: int = option(4, "hidden width of an MLP, divided by dim")
     latent_dim: int = option(384, "length of the latent z")
     mapping_depth: int = option(8, "layers of the mapping network")
     siren_dim: int = option(384, "width of the patch decoder")
@@ -356,7 +361,7 @@ def show_images(images: Tensor, title: str = "", columns: int = 8, axis=None):
 # %% tags=["nbval-ignore-output"]
 if LIVE:
     profile = PROFILE if PROFILE != "auto" else "lesson" if best_device().type == "cuda" else "smoke"
-    config = PROFILES[profile]
+    config = replace(PROFILES[profile], seed=SEED)
     if DATASET != "auto":
         config = replace(config, dataset=DATASET, data_root=FOLDER)
     elif FOLDER:
@@ -370,9 +375,9 @@ if LIVE:
 
         drive.mount("/content/drive")
         config = replace(config, out_dir="/content/drive/MyDrive/vitgan")
-    print(
-        f"profile {profile}, data {config.dataset}, on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'the CPU'}"
-    )
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    number = str(number_format(config.precision, best_device())).removeprefix("torch.")
+    print(f"profile {profile}, data {config.dataset}, seed {config.seed}, {number} on {where}")
 
 # %% [markdown]
 # <a name="data"></a>
@@ -543,6 +548,7 @@ def load_images(config: Config) -> tuple[Tensor, Tensor]:
 # %%
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) in which an epoch visits the images."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -632,7 +638,7 @@ def test_shapes_are_ten_kinds_from_a_seed():
 
 # %%
 class EqualizedLinear(nn.Module):
-    """A linear layer whose weights are stored at unit size and scaled in use (Karras et al. 2018, Section 4.1).
+    """A linear layer whose weights are stored at size 1 / `lr_multiplier` and scaled in use (Karras et al. 2018, Section 4.1).
 
     `x` of shape (..., in_features) gives (..., out_features). The optimizer's steps act on the output `lr_multiplier` times
     as fast as with a multiplier of 1; the outputs at the start are the same.
@@ -700,7 +706,7 @@ def test_equalized_linear_keeps_size_and_pace():
 # hardly occur. Were $z$ used directly, the rest of the generator would have to fold the ball to fit. A mapping network
 # does the folding first: eight small layers take the normalised $z$ to a **style** $w$ (Karras et al. 2019).
 #
-# $$w = f\!\left(\frac{z}{\sqrt{\tfrac1d\sum_i z_i^2}}\right)$$
+# $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
 #
 # Eight layers deep, a change in the first moves everything after it; so they learn 100 times slower, $m = 0.01$.
 #
@@ -833,11 +839,11 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # $$\mathrm{Attention}(h) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
 #
-# The division by $\sqrt d$ comes *before* the softmax, and it is the width of one head. Published ports scale after
+# The division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$. Published ports scale after
 # the softmax, which leaves the attention too sharp and shrinks the output; or they scale by the full $D$, which
 # flattens it. `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory. On a CPU in
-# bfloat16, at 64 tokens, the three plain steps were 3 to 9 times faster when we timed them (in float32 equal); so
-# there we write them out.
+# bfloat16, at 64 tokens, the three plain steps, product, softmax and product, were 3 to 9 times faster when we timed
+# them (in float32 equal); so there we write them out.
 
 
 # %%
@@ -852,7 +858,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v, for q, k, v of shape (B, heads, N, d) and bias (B, heads, 1, N)."""
+    """softmax(scale · q kᵀ + bias) v, for q, k, v of shape (B, heads, N, d) and bias (B, heads, 1, N) -> (B, heads, N, d)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)  # (B, heads, N, d)
     logits = (scale * q) @ k.transpose(-1, -2)  # (B, heads, N, N)
@@ -895,7 +901,7 @@ class FeedForward(nn.Module):
 #
 # $$h' = h + \mathrm{MSA}(\mathrm{SLN}_1(h, w)), \qquad h'' = h' + \mathrm{MLP}(\mathrm{SLN}_2(h', w))$$
 #
-# Two lines, and published code gets each of them wrong. A blog post computes the MLP's output and
+# MSA is the attention above, for all heads and with its output layer; MLP is `mlp`. Two lines, and published code gets each of them wrong. A blog post computes the MLP's output and
 # throws it away, and uses one norm for both halves. The authors' PyTorch code takes the residual from $h$ *after* it was
 # overwritten by its normalised self: the stream is normalised at every block, so nothing accumulates in it.
 
@@ -918,10 +924,10 @@ class GeneratorBlock(nn.Module):
 
 
 # %% [markdown]
-# **The only input is the sine of a position embedding**, $h_0 = \sin(E_\text{pos})$, a linear map of where the patch is:
-# each of the $D$ features is a wave across the image, $E_\text{pos}(v) = A v + b$ with $v = (x, y) \in [-1, 1]^2$ the
-# patch's centre. Direction, frequency and phase are learned, three numbers a feature: so neighbouring patches start out
-# alike, and stay related. Below, six of the features at the start, drawn over the 8 × 8 patches.
+# **The first block gets the sine of a position embedding**, $h_0 = \sin(E_\text{pos}(v))$, where
+# $E_\text{pos}(v) = A v + b$ is linear in the patch's centre $v = (x, y) \in [-1, 1]^2$: each of the $D$ features is a
+# wave across the image. Direction, frequency and phase are learned, three numbers a feature. The waves start slow, so
+# neighbouring patches start out alike. Below, six of the features at the start, drawn over the 8 × 8 patches.
 
 
 # %%
@@ -1055,7 +1061,7 @@ def test_fourier_features_tell_pixels_apart():
 # <a name="modulation"></a>
 # ## 9. Weight modulation: one small network per patch
 #
-# How does the patch's vector $y$ tell the shared pixel network what to paint? By scaling the network's weights, as
+# How does the patch's vector $y$ (`style` in the code) tell the shared pixel network what to paint? By scaling the network's weights, as
 # StyleGAN2 does: a linear layer turns $y$ into one factor $s_j$ per input feature, and this patch uses
 #
 # $$W'_{ij} = s_j\,W_{ij}, \qquad \text{with demodulation}\quad W''_{ij} = \frac{W'_{ij}}{\sqrt{\sum_j W'^2_{ij} + \epsilon}}$$
@@ -1073,7 +1079,7 @@ def test_fourier_features_tell_pixels_apart():
 
 # %%
 class ModulatedLinear(nn.Module):
-    """A linear layer whose weights are modulated by a style per patch (Karras et al. 2020, Section 2.2).
+    """A linear layer whose weights are modulated by a vector per patch (Karras et al. 2020, Section 2.2).
 
     `x` of shape (B, N, M, in_features), or broadcastable to it, and `style` of shape (B, N, style_dim) give
     (B, N, M, out_features): M pixels in each of N patches.
@@ -1082,7 +1088,7 @@ class ModulatedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, style_dim: int, demodulate: bool = False):
         super().__init__()
         self.linear = EqualizedLinear(in_features, out_features)
-        self.scale = EqualizedLinear(style_dim, in_features)  # also the layer between, where widths differ
+        self.scale = EqualizedLinear(style_dim, in_features)  # from style_dim to in_features
         nn.init.ones_(self.scale.bias)  # modulate around 1
         self.demodulate = demodulate
 
@@ -1091,7 +1097,8 @@ class ModulatedLinear(nn.Module):
         if not self.demodulate:
             return self.linear(x * s)  # (B, N, M, out)
         w = self.linear.weight * self.linear.weight_gain  # (out, in)
-        d = torch.rsqrt(s.square() @ w.square().T + 1e-8)  # (B, N, 1, out)
+        with torch.autocast(x.device.type, enabled=False):  # a sum of squares, in float32
+            d = torch.rsqrt(s.to(w.dtype).square() @ w.square().T + 1e-8)  # (B, N, 1, out)
         return d * F.linear(x * s, w) + self.linear.bias  # (B, N, M, out)
 
 
@@ -1126,13 +1133,13 @@ def test_modulated_linear_is_one_matrix_per_patch():
 # ## 10. SIREN patch decoder: pixels out of a vector
 #
 # The pixel network is a SIREN (Sitzmann et al. 2020): layers whose activation is a sine. Its authors found that it fits
-# edges and textures which a ReLU network of the same size blurs. With $x_0 = E_\text{fou}(v)$ and every one of the $K$
-# layers modulated by the patch's vector $y$:
+# edges and textures which a ReLU network of the same size blurs. With $x_0 = E_\text{fou}(v)$ and every one of its $K$
+# layers (`depth`) a modulated layer, $\mathrm{Mod}$, of the last section:
 #
 # $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr), \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
 #
-# $\omega_0$ multiplies every frequency; Sitzmann et al. use 30 for whole pictures, a patch is 4 pixels wide: 1. The
-# colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
+# $\omega_0$ multiplies every frequency; Sitzmann et al. use 30 for whole pictures; for a patch, 4 pixels
+# wide, we use 1. The colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
 
 
 # %%
@@ -1170,7 +1177,7 @@ def patches_of_an_untrained_siren():
     for axis, side in zip(axes, (4, 32), strict=True):
         patches = siren(y, patch_centres(side))[0].reshape(32, side, side, 3).permute(0, 3, 1, 2)
         patches = patches.repeat_interleave(32 // side, 2).repeat_interleave(32 // side, 3)
-        show_images(patches / 2, f"{side} × {side} pixels a patch", columns=16, axis=axis)
+        show_images(patches / 2, f"{side} × {side} pixels a patch, at half the contrast", columns=16, axis=axis)
     plt.tight_layout()
     plt.show()
 
@@ -1260,7 +1267,7 @@ class Generator(nn.Module):
 
 # %% [markdown]
 # What an untrained generator paints: every image differs (the style), and the patches do not fit together: nothing has
-# asked them to yet. Training starts here.
+# asked them to yet. From here training sets out.
 
 
 # %%
@@ -1309,6 +1316,7 @@ def test_generator():
 
 # %%
 def random_color(x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> the same shape, each brighter or darker, more or less colourful, more or less contrasted."""
     brightness, saturation, contrast = torch.rand(3, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)  # (B, 1, 1, 1)
     x = x + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)  # (B, 1, H, W)
@@ -1318,6 +1326,7 @@ def random_color(x: Tensor) -> Tensor:
 
 
 def random_translation(x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> the same shape, each moved by up to an eighth of its side."""
     b, c, side = len(x), torch.arange(x.shape[1], device=x.device), torch.arange(x.shape[2], device=x.device)
     most = round(x.shape[2] / 8)
     row, column = torch.randint(0, 2 * most + 1, (2, b, 1), device=x.device)  # (B, 1) each
@@ -1327,6 +1336,7 @@ def random_translation(x: Tensor) -> Tensor:
 
 
 def random_cutout(x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> the same shape, a square of each set to 0."""
     side = torch.arange(x.shape[2], device=x.device)
     row, column = torch.randint(0, x.shape[2] + 1, (2, len(x), 1), device=x.device)  # the centre, (B, 1) each
     near = [(side - centre + 0.5).abs() < x.shape[2] / 4 for centre in (row, column)]  # (B, H), (B, W)
@@ -1393,7 +1403,9 @@ def test_diff_augment():
 # extended by half its side in each direction: $2P \times 2P$ pixels, every $P$ pixels, and the number of tokens stays.
 #
 # $$h_n = W \,\mathrm{vec}\bigl(x[\,rP - \tfrac P2 : rP + \tfrac{3P}2,\; cP - \tfrac P2 : cP + \tfrac{3P}2\,]\bigr) + b,
-#   \qquad n = r\,\tfrac WP + c$$
+#   \qquad n = r\sqrt N + c$$
+#
+# for the patch in row $r$ and column $c$ of the $\sqrt N \times \sqrt N$ grid.
 
 
 # %%
@@ -1463,7 +1475,7 @@ def test_overlapping_patches():
 # ## 15. L2 attention: a discriminator that cannot be arbitrarily steep
 #
 # A discriminator whose output can change without bound for a small change of the image gives the generator useless
-# gradients. One wants it Lipschitz: $|D(x) - D(x')| \le K\,\|x - x'\|$. Linear layers can be kept so (next section).
+# gradients. One wants it Lipschitz: $|D(x) - D(x')| \le L\,\|x - x'\|$. Linear layers can be kept so (next section).
 # Dot-product attention cannot: the logits are products of two tokens, and making tokens larger makes it steeper without
 # limit (Kim et al. 2021). The remedy is to compare tokens by **distance**, with **query and key from one
 # matrix** $W_q = W_k$:
@@ -1474,7 +1486,7 @@ def test_overlapping_patches():
 # Mind the minus: near tokens attend to each other. Published ports take the softmax of *plus* the distance, so that a
 # token looks at whatever is least like it, or forget to tie the two matrices, which undoes the Lipschitz bound.
 #
-# The bound is exact for one head of full width. With several heads, tokens that differ only in directions to which a
+# With one head of full width this attention is Lipschitz. With several heads, tokens that differ only in directions to which a
 # head's $W_q$ is blind are at distance 0 for that head while their values differ, and the steepness grows again. Kim et
 # al. multiply the values by $W_q W_q^\top/\sqrt d$ as well; ViTGAN's formula does not. Here the LayerNorm before the
 # attention limits the length of the tokens.
@@ -1503,7 +1515,7 @@ class L2Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         q, v = split_heads(self.qk(h), self.heads), split_heads(self.value(h), self.heads)  # (B, heads, N, d) each
-        scale = 1 / q.shape[-1]
+        scale = 1 / q.shape[-1]  # a number
         bias = -scale * q.square().sum(-1)[:, :, None]  # (B, heads, 1, N)
         return self.out(merge_heads(attend(q, q, v, 2 * scale, bias)))  # (B, N, D)
 
@@ -1589,9 +1601,9 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 # <a name="isn"></a>
 # ## 16. Improved spectral normalisation
 #
-# The steepest direction of a linear layer is its largest singular value $\sigma(W)$. Spectral normalisation (Miyato et
+# How steep a linear layer can be is its largest singular value $\sigma(W)$. Spectral normalisation (Miyato et
 # al. 2018) divides by it, so that no layer is steeper than 1. For a Transformer that is too strict, the paper found:
-# training becomes very slow. With the gain of section 4, $\sigma$ starts at 2 for a square layer and 3 for the one that
+# training becomes very slow. With the scaling of section 4, $\sigma$ starts at 2 for a square layer and 3 for the one that
 # widens the MLP, and dividing it away makes each block's contribution that much smaller. ViTGAN gives back the steepness
 # that the layer had at the start:
 #
@@ -1622,6 +1634,7 @@ class ImprovedSpectralNorm(nn.Module):
 
     @torch.no_grad()
     def power_step(self, weight: Tensor):
+        """Turn `u` (out,) and `v` (in,) towards the directions in which `weight` (out, in) is steepest."""
         self.v.copy_(F.normalize(weight.T @ self.u, dim=0))
         self.u.copy_(F.normalize(weight @ self.v, dim=0))
 
@@ -1629,7 +1642,7 @@ class ImprovedSpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):  # float32, whatever the layers compute in
             if self.training:
                 self.power_step(weight)
-            sigma = self.u.clone() @ (weight @ self.v.clone())
+            sigma = self.u.clone() @ (weight @ self.v.clone())  # ()
             return self.sigma_init / sigma * weight  # (out, in)
 
 
@@ -1646,7 +1659,8 @@ def improved_spectral_norm(module: nn.Module) -> nn.Module:
 
 # %% [markdown]
 # The singular values of a layer at the start, and after a hundred steps of a task that wants it steep. On the left the
-# plain layer, which follows; on the right the normalised one: its largest singular value stays where it was.
+# plain layer, whose largest value grows; on the right the normalised one: the largest stays where it was, and the others
+# shrink instead.
 
 
 # %%
@@ -1666,8 +1680,9 @@ def spectrum_before_and_after_training():
             optimizer.step()
         layer.eval()
         axis.semilogy(torch.linalg.svdvals(layer.weight.detach() / 8)[:32], "o-", markersize=3, label="100 steps later")
-        axis.set(title="improved spectral norm" if normalise else "plain", xlabel="singular value, largest first")
+        axis.set(title="improved spectral norm" if normalise else "plain", xlabel="number, largest first")
         axis.legend()
+    axes[0].set_ylabel("singular value")
     plt.show()
 
 
@@ -1804,11 +1819,11 @@ def test_discriminator():
 # **Non-saturating logistic loss** (Goodfellow et al. 2014). The discriminator is a classifier with two classes; the
 # generator wants its images called real. With logits $D(\cdot)$ and $\mathrm{softplus}(t) = \log(1 + e^t)$:
 #
-# $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z))), \qquad
-#   L_G = \mathbb E\,\mathrm{softplus}(-D(G(z)))$$
+# $$L_D = \mathbb E\,\mathrm{softplus}(-D(T(x))) + \mathbb E\,\mathrm{softplus}(D(T(G(z)))), \qquad
+#   L_G = \mathbb E\,\mathrm{softplus}(-D(T(G(z))))$$
 #
-# In training, $x$ and $G(z)$ are the augmented images of section 13. The generator could as well minimise
-# $-\mathrm{softplus}(D(G(z)))$, the exact opposite. But when the discriminator is sure that an image is fake, that
+# with $T$ the random transformations of section 13. The generator could as well minimise
+# $-\mathrm{softplus}(D(T(G(z))))$, the exact opposite. But when the discriminator is sure that an image is fake, that
 # loss is flat and the generator learns nothing just when it has most to learn. *Non-saturating* means the form above,
 # whose gradient is largest there. Look at the slopes at the left.
 
@@ -1841,7 +1856,7 @@ def what_the_generator_is_told():
 # so the discriminator should give them the same logit. It is *balanced* because it is asked of real and of generated
 # images alike:
 #
-# $$L_\text{bCR} = \lambda_\text{real}\,\mathbb E\bigl(D(x) - D(T(x))\bigr)^2 + \lambda_\text{fake}\,\mathbb E\bigl(D(G(z)) - D(T(G(z)))\bigr)^2$$
+# $$L_\text{bCR} = \lambda_\text{real}\,\mathbb E\bigl[(D(x) - D(T(x)))^2\bigr] + \lambda_\text{fake}\,\mathbb E\bigl[(D(G(z)) - D(T(G(z))))^2\bigr]$$
 #
 # A discriminator in a hurry to learn the training images by heart has to do so for all their transformations. The
 # price: with a heavy weight it learns slowly, because calling everything 0 is perfectly consistent.
@@ -1966,16 +1981,18 @@ def test_moving_average():
 #    weights are computed once. The adversarial loss takes the augmented logits; the plain ones are there for bCR, which
 #    pairs the two.
 # 2. *Generator.* Paint $B$ new images, this time recording gradients, augment them, and ask the discriminator how real
-#    they look. The gradient passes through the discriminator to the images; its weights are frozen and its power
-#    iteration rests (`eval`), for they are moved by its own step only.
+#    they look. The gradient passes through the discriminator to the images; the discriminator's weights are
+#    frozen and its power iteration rests (`eval`): both move in its own step only.
 #
 # In float16, whose smallest number is 6 · 10⁻⁸, gradients would vanish: a *scaler* multiplies the loss before `backward`
 # and divides the gradients again.
 #
-# Then the average takes a step. Nothing in here waits for the GPU unless it is in float16: the statistics add up in a tensor on the device.
+# Then the average takes a step. In all this the CPU never waits for the GPU, except in float16: the statistics add up
+# in a tensor on the device.
 #
 # **The optimizer.** The singular value decomposition $G = USV^\top$ splits the gradient of a matrix into *directions*:
-# $u_i v_i^\top$ is an input $v_i$ and the output $u_i$ that it moves, and $s_i$ says how strongly. A few $s_i$ are far
+# $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction $u_i$ of the output that it moves, and $s_i$ says
+# how strongly. A few $s_i$ are far
 # larger than the rest, and Adam's step, which treats the matrix as so many single numbers, is mostly in these few
 # directions too. *Muon* (Jordan et al. 2024) sets all $s_i$ to 1 and goes about equally far in every direction:
 #
@@ -1987,12 +2004,13 @@ def test_moving_average():
 # $$X \leftarrow aX + (bA + cA^2)X,\quad A = XX^\top,\qquad a, b, c = 3.4445, -4.7750, 2.0315.$$
 #
 # $U$ and $V$ stay; every $s$ becomes $as + bs^3 + cs^5$, which lifts whatever is not tiny to between 0.7 and 1.2. For $G$
-# we take $\tfrac34$ of the newest gradient and of older ones the rest. Vectors stay with Adam, and so do matrices with a
+# we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay with Adam, and so do matrices with a
 # side of 10 or less, such as those from positions and to colours: they have too few directions. `smoke` learns with
-# Muon, for what [section 25](#differences) shows; `lesson` and `paper` keep the paper's Adam.
+# Muon, for the reason that [section 25](#differences) gives; `lesson` and `paper` keep the paper's Adam.
 #
-# Look below at how far the first step moves a matrix of the discriminator in each of its directions. The two steps are
-# of about the same size; Adam spends it on a few directions.
+# Look below at how far the first step moves a matrix of the discriminator in each of its directions. Adam spends half
+# of its step on a few of them. Muon's line is flat for some fifty and then falls: what is tiny in the gradient, five
+# rounds do not lift to 1.
 
 
 # %%
@@ -2299,7 +2317,7 @@ class Training:
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
         return {"torch": str(torch.__version__), "device": device, "precision": str(self.dtype).removeprefix("torch."),
-                "data": f"{len(self.images):,} images"}  # fmt: skip
+                "data": f"{len(self.images):,} images", "processes": f"{self.world} processes"}  # fmt: skip
 
     def state(self) -> dict:
         """Everything that `restore` needs, as tensors and plain values."""
@@ -2347,16 +2365,17 @@ class Training:
 # %% [markdown]
 # **Checkpoints.** Colab ends a session when it likes, so a run must be able to go on as if nothing had happened. That
 # takes more than weights: without the optimizers' state, from which Adam takes the size of its steps, the first
-# steps after a resume are wild; without the random generators' the run is another run. A checkpoint is written beside its
-# final name and renamed, so it is never half there; the newest two are kept, and the one with the best score (section
-# 22) as `best.pt`. `torch.load` unpickles, and a pickle can run any program: `weights_only=True` allows tensors and
+# steps after a resume are wild; without that of the random number generators it becomes another run. A checkpoint is written beside its
+# final name and renamed, so it is never half there; the newest two are kept, and, of a run longer than five minutes,
+# the one with the best score (section 22) as `best.pt`. `torch.load` unpickles, and a pickle can run any program: `weights_only=True` allows tensors and
 # plain values and nothing else.
 #
 # On one CPU with one number of threads, the seed decides every bit, and a resumed run equals an unbroken one. On a
 # GPU it does not: some of its sums are added up in whatever order they finish, and after some hundred steps two runs
-# with the same seed differ as two seeds do. Going on with another device, precision or PyTorch works too and says so.
+# with the same seed differ as two seeds do. Going on with another device, precision, number of processes or PyTorch works too and says so.
 #
-# A run's folder is named after the configuration. Change the configuration, and a new folder starts.
+# A run's folder is named after the configuration. Change that, and a new folder starts, unless it is only how long, how
+# precisely or where.
 
 # %%
 FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "compile"}  # in a run that goes on
@@ -2492,8 +2511,8 @@ def load_generator(path: Path | str) -> Generator:
 
 
 # %% [markdown]
-# **The loop** prints what it is about to do and how long that takes, then trains; every ten seconds it redraws one
-# figure. Interrupt the kernel whenever you like: the step is finished, what there is gets saved and returned, and
+# **The loop** prints what it is about to do, trains, and after a few steps says how long it will take; every ten seconds
+# it redraws one figure. Interrupt the kernel whenever you like: the step is finished, what there is gets saved and returned, and
 # running the cell again goes on from there.
 #
 # A GAN can break down within one step: a logit overflows, the loss becomes NaN, and with it every weight. So losses and
@@ -2509,9 +2528,10 @@ def draw_progress(figure, run: Training):
     images = [entry["images"] for entry in run.history]
     for axis, names in ((losses, STATISTICS), (logits, LOGITS)):
         for name in names:
-            axis.plot(images, [entry[name] for entry in run.history], label=name, linewidth=1)
+            style = "--" if name == "held_out" else "-"
+            axis.plot(images, [entry[name] for entry in run.history], style, label=name, linewidth=1)
         axis.set_xlabel("images seen")
-        axis.legend(fontsize=8, loc="right")
+        axis.legend(fontsize=8, loc="upper right")
     for guessing in (math.log(2), 2 * math.log(2)):
         losses.axhline(guessing, color="k", linewidth=0.5, linestyle=":")
     losses.set_title("losses (dotted: log 2 and 2 log 2)", fontsize=10)
@@ -2530,6 +2550,7 @@ def save_progress(run: Training, path: Path):
 
 
 def save_picture(images: Tensor, path: Path, columns: int = 8):
+    """A grid of images (B, 3, H, W), as `to_grid` takes them, as a PNG file."""
     from PIL import Image
 
     with written_whole(path) as partial:
@@ -2603,12 +2624,13 @@ def plan(run: Training) -> str:
     """What a run is about to do, in two lines."""
     config = run.config
     millions = [sum(p.numel() for p in n.parameters()) / 1e6 for n in (run.generator, run.discriminator)]
+    not_compiled = ", not compiled, which is for one process only" if config.compile and not run.compiles else ""
     limits = [f"{config.steps:,} steps"] * bool(config.steps) + [f"{config.minutes:g} minutes"] * bool(config.minutes)
     return (
         f"Plan: {config.dataset}, {len(run.images):,} images of {config.image_size} × {config.image_size}; generator "
         f"{millions[0]:.1f} M and discriminator {millions[1]:.1f} M weights\n"
         f"      {' or '.join(limits) or 'until stopped'}, batch {config.batch_size}, on {run.device} in "
-        f"{str(run.dtype).removeprefix('torch.')}; results in {run_folder(config)}"
+        f"{str(run.dtype).removeprefix('torch.')}{not_compiled}; results in {run_folder(config)}"
     )
 
 
@@ -2746,7 +2768,7 @@ class Keeper:
         self.saved, run = time.monotonic(), self.run
         kid = score(run) if scored and self.first else None
         if kid is not None:
-            run.notes.append({"step": run.step, "kid": round(kid, 3)})
+            run.notes.append({"step": run.step, "kid": round(kid, 3), "n": 1000})
             self.report("note", run.notes[-1])
         written = self.write(save_checkpoint, run, self.folder)
         if written:
@@ -2969,7 +2991,8 @@ def test_wrong_checkpoints_are_refused():
 # * **Losses.** They do not go down as in classification; they measure a balance. A discriminator that only guesses has
 #   a loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays a
 #   little below its line, so that there is something to learn from it. *consistency* is the bCR term, not part of *loss_d*.
-# * **Logits.** *real* above *fake*, the gap neither closing nor running away. *held out* are real images that it never
+# * **Logits.** *real* above *fake*. The gap narrows as samples get better; it should neither vanish nor run away. *held
+#   out* are real images that it never
 #   trains on: when they drift from *real* to *fake*, the discriminator is learning the training images by heart.
 # * **Samples.** First the colours are right, then the layout, then things.
 
@@ -2978,16 +3001,16 @@ if LIVE:
     run = train(config)
 
 # %% [markdown]
-# The same latents at the start, about halfway and at the end. What came first: colours, layout or things?
+# The same latents at the start, early on and at the end. What came first: colours, layout or things?
 
 
 # %%
 @demo
-def before_halfway_after():
+def before_early_after():
     steps = sorted(int(path.stem[-9:]) for path in run_folder(config).glob("samples-*.png"))
-    halfway = min(steps, key=lambda step: abs(step - run.step / 2))
+    early = min(steps, key=lambda step: abs(step - run.step / 12))
     figure, axes = plt.subplots(1, 3, figsize=(11, 4))
-    for axis, step in zip(axes, (0, halfway), strict=False):
+    for axis, step in zip(axes, (0, early), strict=False):
         axis.imshow(plt.imread(run_folder(config) / f"samples-{step:09d}.png"))
         axis.set_title(f"after {step:,} steps" if step else "before", fontsize=10)
         axis.axis("off")
@@ -3000,20 +3023,24 @@ def before_halfway_after():
 # <a name="measure"></a>
 # ## 22. Measure: how close are samples to real images?
 #
-# Looking is not measuring: one remembers the good samples. Four numbers are usual, all comparing *features* of samples
-# and of real images, not pixels:
+# Looking is not measuring: one remembers the good samples. Five numbers are usual, all made from *features*, not pixels,
+# $a$ of samples and $b$ of real images; all but the last compare the two:
 #
-# * **FID**: the distance between two Gaussians fitted to the features. Biased: it falls as the number of samples grows,
-#   so it means nothing without that number. The convention is 50,000.
-# * **KID**: a kernel distance, unbiased, so it can be had from few samples.
+# * **FID**: the distance between two Gaussians fitted to the features, of means $\mu$ and covariances $C$,
+#   $\lVert\mu_a-\mu_b\rVert^2 + \mathrm{tr}\bigl(C_a + C_b - 2\,(C_aC_b)^{1/2}\bigr)$. Biased: it falls as the number of
+#   samples grows, so it means nothing without that number. The convention is 50,000.
+# * **KID**: $\mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b)$ with the kernel
+#   $k(a,b) = (a \cdot b/d + 1)^3$ of $d$ features. Unbiased, so it can be had from few samples.
 # * **Precision / recall**: which share of samples lies among real images (are they good?), which share of real images lies
-#   among samples (is everything there?). A GAN that paints one perfect horse has precision 1 and recall 0.
-# * **Inception score**: are samples clearly of one class, and all classes there? Knows nothing of real images.
+#   among samples (is everything there?). *Among* is: no further from one of them than its own third neighbour. A GAN
+#   that paints one perfect horse has precision 1 and recall 0.
+# * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$. Are samples
+#   clearly of one class, and all classes there?
 #
 # We leave all of them to `torch-fidelity`, which computes them as the papers do, with networks (Inception, VGG16)
 # that it downloads. The built-in drawings are nothing like what those networks know, and a computer may be off-line:
-# `thumbnails` is a stand-in that needs no download. Its features are the colours of 8 × 8 fields of the image. It
-# sees layout and colour and no detail; its KID can rank runs of this notebook and be compared with nothing else.
+# `thumbnails` is a stand-in that needs no download. Its features are the mean colours of the 64 fields of
+# an 8 × 8 grid over the image. It sees layout and colour and no detail; its KID can rank runs of this notebook and be compared with nothing else.
 
 
 # %%
@@ -3053,7 +3080,7 @@ def thumbnails_extractor() -> str:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     class Thumbnails(FeatureExtractorBase):
-        """uint8 images (B, 3, H, W) -> the mean colours of 8 × 8 fields, (B, 192), from 0 to 1."""
+        """uint8 images (B, 3, H, W) -> the mean colours of the fields of an 8 × 8 grid, (B, 192), from 0 to 1."""
 
         def __init__(self, name, features_list, **_):
             super().__init__(name, features_list)
@@ -3067,7 +3094,7 @@ def thumbnails_extractor() -> str:
             return "thumbnail"
 
         def forward(self, images):
-            return (F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1),)
+            return (F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1),)  # (B, 192)
 
     if "thumbnails" not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor("thumbnails", Thumbnails)
@@ -3097,6 +3124,7 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
     inception = extractor == "inception"
     # what the large networks say of the real images is computed once and kept beside them: 1.4 GB for 50,000 images
     cache = f"vitgan-{hashlib.sha256(real.contiguous().numpy()).hexdigest()[:16]}" if inception else None
+    rounding, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # features in full float32
     try:
         numbers = torch_fidelity.calculate_metrics(
             input1=dataset(samples), input2=dataset(real), cuda=torch.cuda.is_available(), verbose=False,
@@ -3109,6 +3137,16 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
             f"The Inception weights could not be fetched, or the folder that keeps them not written ({error}); connect to "
             "the network, make room, or use extractor thumbnails."
         ) from error
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        if not inception or no_memory(error):
+            raise
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise BadInput(
+            f"The Inception weights could not be read ({(str(error) or 'empty').splitlines()[0][:120]}); delete weights-inception-* and "
+            f"vgg16* in {folder} and run again."
+        ) from error
+    finally:
+        torch.backends.cudnn.allow_tf32 = rounding
     names = {
         "fid": "frechet_inception_distance",
         "kid": "kernel_inception_distance_mean",
@@ -3202,7 +3240,7 @@ def truncation():
 
 # %% [markdown]
 # **Where the discriminator looks.** The class token gathers the verdict; bright is what it attends to in the last block,
-# averaged over the heads. Compare with the image above: is it the subject, its edge or the ground?
+# averaged over the heads, each map on its own scale. Compare with the image above: is it the subject, its edge or the ground?
 
 
 # %%
@@ -3227,7 +3265,7 @@ def attention_of_the_class_token():
 
 
 # %% [markdown]
-# **Above the training resolution.** A patch is a function of the position, so it can be painted at any: here 16 × 16
+# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution: here 16 × 16
 # instead of 4 × 4 pixels a patch, four times finer than anything it was trained on. Middle: the same image enlarged
 # by bicubic interpolation. The SIREN draws its own smooth surfaces within a patch. Between patches nothing was ever
 # asked of it, so look for seams.
@@ -3265,8 +3303,8 @@ if LIVE:
 # <a name="break"></a>
 # ## 24. Break it
 #
-# Flip a switch, and the next cell trains a small model with that fault for 200 steps beside a sound one and draws what
-# you would see on your screen; with Adam, as the code does that has these faults.
+# For each switch that is `True`, a small model with that fault is trained for 200 steps beside a sound one, and what you
+# would see on your screen is drawn; with Adam, as published code with these faults does.
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
@@ -3277,23 +3315,19 @@ if LIVE:
 
 # %%
 def gelu_after_the_head(run: Training):
+    """The logits cannot fall below −0.17."""
     run.discriminator.head = nn.Sequential(run.discriminator.head, nn.GELU())
 
 
 def real_images_from_zero_to_one(run: Training):
+    """Real images are handed over in [0, 1]."""
     run.images, run.held_out = ((images.int() // 2 + 128).to(torch.uint8) for images in (run.images, run.held_out))
 
 
 def learned_by_heart(run: Training):
+    """64 images, without DiffAugment and bCR."""
     run.images = run.images[:64]
     run.config = replace(run.config, augment="", bcr_real=0.0, bcr_fake=0.0)
-
-
-SWITCHES = {  # flip them
-    gelu_after_the_head: True,
-    real_images_from_zero_to_one: True,
-    learned_by_heart: True,
-}
 
 
 def train_small(fault: Callable | None = None, steps: int = 200) -> Training:
@@ -3307,6 +3341,14 @@ def train_small(fault: Callable | None = None, steps: int = 200) -> Training:
         if run.step % 10 == 0:
             run.record()
     return run
+
+
+# %%
+SWITCHES = {  # False leaves one out
+    gelu_after_the_head: True,
+    real_images_from_zero_to_one: True,
+    learned_by_heart: True,
+}
 
 
 @demo
@@ -3327,6 +3369,8 @@ def sound_and_broken():
     axes[1, 0].legend(fontsize=8)
     axes[0, 0].set_ylabel("losses (dotted: log 2)")
     axes[1, 0].set_ylabel("mean logits (dotted: −0.17)")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
     figure.tight_layout()
     plt.show()
 
@@ -3343,12 +3387,12 @@ def test_gelu_after_the_head_is_the_plateau():
 
 # %% [markdown]
 # <a name="differences"></a>
-# ## 25. What differs, and why
+# ## 25. What differs from the paper, the blog post and the authors' code
 #
 # Compared: the paper; a [blog post](https://tech.fusic.co.jp/posts/2021-08-25-implementing-vitgan/)
 # with a repository; the
 # [authors' PyTorch code](https://github.com/mlpc-ucsd/ViTGAN), whose discriminator is StyleGAN2's; and this notebook.
-# *Same* means: as in the paper.
+# *Same* means: as in the paper. R1 is a penalty on the squared gradient of the discriminator at real images.
 #
 # | part | paper | blog post and its repository | authors' PyTorch code | here, and why |
 # |---|---|---|---|---|
@@ -3374,8 +3418,8 @@ def test_gelu_after_the_head_is_the_plateau():
 # $-\|q_i-q_j\|^2/\sqrt d$. For normalised tokens the squared distance to another token is about $2d$ and to oneself
 # 0, so the others start $2\sqrt d$ behind: at $d = 64$ a factor of $e^{-16}$ each. The class token then attends to
 # itself and nothing of the image reaches the head; and improved spectral normalisation *keeps* the scale of
-# $W_q$ where it began. Over $d$ in place of $\sqrt d$ the others start $2$ behind. The one-head bound of section 15
-# holds for either. The cell below measures it at the paper's size.
+# $W_q$ where it began. Over $d$ in place of $\sqrt d$ the others start $2$ behind. With one head
+# it is Lipschitz for either. The cell below measures it at the paper's size.
 #
 # **What was decided by measurement.** FRD is a Fréchet distance like FID on the features of a CIFAR-10 classifier
 # (`benchmarks/frd.py` in the repository); lower is better. One thing changed at a time in a smaller `smoke` (96 × 2, 6
@@ -3398,7 +3442,7 @@ def test_gelu_after_the_head_is_the_plateau():
 # | no mirrored images | 3,132 | 2,159 | 0.42 | 0.43 | 0.010 | 0.007 |
 # | position embedding of the discriminator begins as waves of amplitude 1 | 2,740 | 2,691 | 0.35 | 0.33 | 0.011 | 0.009 |
 #
-# A third run of the first row had 2,727, but some pairs differ by 1,000: so most of these rows tell nothing. Two do. With
+# A third run of the first row had 2,727, but some pairs differ by 900 and more: so most of these rows tell nothing. Two do. With
 # a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **another modulated layer in the
 # SIREN**, three in place of two with the one to RGB counted, is below all others, and its recall above theirs.
 # `smoke` itself with it (`--profile smoke`) had 3,180 and 2,789 at 25,000 images, 1,775 and 1,771 at 50,000 and, seed 1,
@@ -3427,7 +3471,7 @@ def test_gelu_after_the_head_is_the_plateau():
 #
 # Single points tell little: the row that had 2,218, trained again, had 3,176 at 50,000. At bCR 0.3 / 0.3 it had, with
 # 3,000 samples, 3,205, 3,055 and 2,594 at 25,000, 50,000 and 75,000 images, against 3,607, 3,176 and 2,689 at 1 / 1; so
-# `smoke` took 0.3. R1 is a penalty on the squared gradient of the discriminator at real images. Not tried at all: the authors' bCR 1 / 1
+# `smoke` took 0.3. Not tried at all: the authors' bCR 1 / 1
 # with R1 0.1, a learned temperature of the attention, convolutions in place of the SIREN. These are findings about small
 # models and one pass over the images; `lesson` and `paper` keep the paper's learning rate and cutout, which guards
 # against learning the images by heart, and `paper` its batch.
@@ -3445,7 +3489,7 @@ def test_gelu_after_the_head_is_the_plateau():
 # | | 1 | 3,179 | 2,036 | 1,617 | 1,067 |
 # | | 2 | 2,639 | 2,219 | 1,353 | 915 |
 #
-# The one run of the larger model with Adam was no better than the small ones. With 10,000 samples (precision and recall
+# From 50,000 images on, the one run of the larger model with Adam was worse than all small ones. With 10,000 samples (precision and recall
 # with 5,000) the three runs of `smoke` had, after 200,000 images, FRD 1,147, 1,045 and 939, precision 0.55, 0.52 and 0.50
 # and recall 0.11, 0.13 and 0.13; those of 96 × 2 with Adam 1,803, 2,296 and 2,068, precision 0.42, 0.47 and 0.51 and
 # recall 0.01. Samples come to look like photographs before they come to differ like them. Seed 2, trained on, had 838,
@@ -3485,7 +3529,8 @@ def test_gelu_after_the_head_is_the_plateau():
 #
 # **What the paper reports.** FID 6.66 on CIFAR-10 in the first version of the paper, 4.92 in the published one, with the
 # ViT discriminator; 4.57 with StyleGAN2's. These are the authors' numbers at their budget. Section 22
-# measures the run you just made, with another metric; for its FID run `python vitgan_nb.py evaluate --weights FOLDER`.
+# measures the run you just made, with another metric. For its FID run `python vitgan_nb.py evaluate --weights FOLDER`, or
+# here `evaluate(sample(run.average.module, 50_000), train_images)`.
 
 
 # %%
@@ -3514,10 +3559,10 @@ def what_the_class_token_sees_before_training():
 # | fast form | why it is the same | textbook time / fast time |
 # |---|---|---|
 # | [9](#modulation) scale the inputs, not a matrix for each patch | $(W\,\mathrm{diag}\,s)\,x = W(s \odot x)$ | 8.7 |
-# | [7](#block) attention on a CPU as three products, not the fused kernel | the same sums | 6.4 |
-# | [16](#isn) weights normalised once a step | they do not change within it | 4.0 |
+# | [7](#block) attention on a CPU as product, softmax, product, not the fused kernel | the same sums | 6.4 |
+# | [16](#isn) weights normalised once for the four batches of a discriminator's step | they do not change between them | 4.0 |
 # | bfloat16 for products, float32 for the rest | not the same: it rounds; the losses stay within the spread of seeds | 3.1 |
-# | [8](#fourier) Fourier features once, for all patches | positions are those of every patch | 1.9 |
+# | [8](#fourier) Fourier features once, for all patches | positions are the same in every patch | 1.9 |
 # | fused Adam, average in one call | the same sums | 1.7 |
 # | [15](#l2) L2 attention by a dot product | $-\lVert q_i-q_j\rVert^2 = 2\,q_i \cdot q_j - \lVert q_j\rVert^2$ + what softmax ignores | 1.3 |
 # | [20](#training) one pass of $4B$ images | a discriminator looks at each image alone | 1.1 |
@@ -3531,7 +3576,7 @@ def what_the_class_token_sees_before_training():
 # images a second. That is an estimate: it has not been measured.
 #
 # How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile.
-# *Left*, larger images at the same patch: four times the tokens cost four times as much in every layer that treats
+# *Left*, on logarithmic axes, larger images at the same patch: four times the tokens cost four times as much in every layer that treats
 # tokens one by one, and sixteen times in the attention, which compares all with all. *Right*, larger batches: an
 # image gets cheaper until the machine is busy throughout; the memory it needs stays about the same. Memory here is
 # what the forward pass keeps for the backward pass.
@@ -3583,7 +3628,7 @@ def how_cost_grows():
         ):
             side.plot(x, y, style, color="tab:blue" if side is axis else "tab:orange")
             side.set_xscale("log", base=2)
-            side.set(ylim=(0, 1.1 * max(y)), ylabel=name)
+            side.set(**{"yscale": "log"} if axis is axes[0] else {"ylim": (0, 1.1 * max(y))}, ylabel=name)
         axis.set(xlabel=label, xticks=x, xticklabels=x)
     figure.tight_layout()
     plt.show()
@@ -3643,7 +3688,8 @@ def how_cost_grows():
 #   [arXiv:2002.04724](https://arxiv.org/abs/2002.04724)
 
 # %% [markdown]
-# ## The command line
+# <a name="command-line"></a>
+# ## 28. The command line
 #
 # Outside a notebook this file is a program: `python vitgan_nb.py train|sample|export|evaluate|benchmark --help`.
 
@@ -3654,6 +3700,19 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise BadInput(f"{message}; see python {Path(sys.argv[0]).name} --help.")
+
+
+def add_settings(parser: argparse.ArgumentParser):
+    """`--profile` and a flag for every field of `Config`."""
+    parser.add_argument("--profile", default="auto", help="smoke, lesson or paper; auto takes what fits the machine")
+    for f in fields(Config):
+        flag, meaning = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=meaning)
+        elif f.name == "betas":
+            parser.add_argument(flag, type=float, nargs=2, help=meaning)
+        else:
+            parser.add_argument(flag, type=type(f.default), help=meaning)
 
 
 def config_from_flags(flags: argparse.Namespace) -> Config:
@@ -3669,6 +3728,7 @@ def config_from_flags(flags: argparse.Namespace) -> Config:
 
 
 def command_train(flags: argparse.Namespace):
+    """Train, or go on."""
     config = config_from_flags(flags)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"profile {flags.profile}", flush=True)
@@ -3680,6 +3740,7 @@ def command_train(flags: argparse.Namespace):
 
 
 def command_sample(flags: argparse.Namespace):
+    """Images to a grid, an array or a folder."""
     generator, out = load_generator(flags.weights).to(best_device()), Path(flags.out)
     if out.suffix == ".png":
         save_picture(
@@ -3711,7 +3772,9 @@ def command_sample(flags: argparse.Namespace):
     print(f"{flags.n:,} images in {out}")
 
 
+# %%
 def command_export(flags: argparse.Namespace):
+    """A generator alone."""
     out = Path(flags.out)
     if out.suffix != ".safetensors":
         raise BadInput(f"out is {flags.out!r}, but must end in .safetensors.")
@@ -3720,6 +3783,7 @@ def command_export(flags: argparse.Namespace):
 
 
 def command_evaluate(flags: argparse.Namespace):
+    """One line of JSON."""
     generator = load_generator(flags.weights).to(best_device())
     given = {"dataset": flags.dataset, "data_root": flags.data_root}
     config = replace(generator.config, **{name: value for name, value in given.items() if value is not None})
@@ -3727,6 +3791,7 @@ def command_evaluate(flags: argparse.Namespace):
     print(json.dumps(numbers))
 
 
+# %%
 class Stopwatch:
     """Stands in for a run's loss scaler and notes how long each part of a step took."""
 
@@ -3758,6 +3823,7 @@ class Stopwatch:
         self.scaler.update()
 
 
+# %%
 def benchmark(config: Config, repeats: int = 5) -> dict:
     """Images a second in training and sampling, where a step's time goes, and the share of the machine's matrix rate.
 
@@ -3823,6 +3889,7 @@ def benchmark(config: Config, repeats: int = 5) -> dict:
 
 
 def command_benchmark(flags: argparse.Namespace):
+    """One line a figure, or one line of JSON."""
     result = benchmark(config_from_flags(flags))
     if flags.json:
         print(json.dumps(result))
@@ -3830,6 +3897,7 @@ def command_benchmark(flags: argparse.Namespace):
         print("\n".join(f"{name:20s} {value}" for name, value in result.items()))
 
 
+# %%
 def main(argv: list[str]) -> int:
     """The command line; returns the exit status: 0, or 2 for bad input, told in one line on stderr."""
     parser = OneLineParser(prog="vitgan_nb.py", description="ViTGAN: train, sample, evaluate. No arguments: train.")
@@ -3839,17 +3907,7 @@ def main(argv: list[str]) -> int:
         sub = commands.add_parser(name, help=meaning, description=meaning)
         sub.set_defaults(run=run)
         if with_config:
-            sub.add_argument(
-                "--profile", default="auto", help="smoke, lesson or paper; auto takes what fits the machine"
-            )
-            for f in fields(Config):
-                flag, meaning = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-                if f.type is bool:
-                    sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=meaning)
-                elif f.name == "betas":
-                    sub.add_argument(flag, type=float, nargs=2, help=meaning)
-                else:
-                    sub.add_argument(flag, type=type(f.default), help=meaning)
+            add_settings(sub)
         return sub
 
     sub = command(

@@ -1,9 +1,10 @@
 """Train up to each of several image counts and leave samples at each, to be measured: how quality grows with images seen.
 
-    python benchmarks/curve.py --profile smoke --images 25000 50000 100000 200000 [--seed 0] [--optimizer muon] [--n 10000]
+    python benchmarks/curve.py --images 25000 50000 100000 200000 [--name NAME] [--n 10000] [--profile smoke] [--seed 0 …]
 
-Leaves OUT/PROFILE-OPTIMIZER-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of
-JSON for each. Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
+The further flags are those of `python vitgan_nb.py train`; whatever they change deserves a NAME (else the profile's).
+Leaves OUT/NAME-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of JSON for each.
+Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
 """
 
 import argparse
@@ -20,20 +21,19 @@ import vitgan_nb as v
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=v.PROFILES, default="smoke")
     parser.add_argument("--images", type=int, nargs="+", required=True, help="in ascending order")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", help="of the samples' files")
     parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--optimizer", choices=("adam", "muon"), help="instead of the profile's")
-    parser.add_argument("--out", type=Path, default=Path("runs/curve"))
+    v.add_settings(parser)
+    parser.set_defaults(profile="smoke", dataset="cifar10", out_dir="runs/curve", minutes=0.0)
     flags = parser.parse_args()
-    config = v.PROFILES[flags.profile]
-    config = replace(config, dataset="cifar10", seed=flags.seed, minutes=0.0, out_dir=str(flags.out))
-    if flags.optimizer:
-        config = replace(config, optimizer=flags.optimizer)
+    try:
+        config, name = v.config_from_flags(flags), flags.name or flags.profile
+    except v.BadInput as error:
+        parser.error(str(error))
     run = True  # the first time from its checkpoint, if there is one
     for images in flags.images:
-        path = flags.out / f"{flags.profile}-{config.optimizer}-{flags.seed}-{images:09d}.npz"
+        path = Path(config.out_dir) / f"{name}-{config.seed}-{images:09d}.npz"
         if path.exists():
             continue
         run = v.train(replace(config, steps=images // config.batch_size), resume=run)

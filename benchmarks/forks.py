@@ -60,6 +60,10 @@ class PenalisedTraining(v.Training):
         return loss, consistency + 0.05 * gradient.square().sum((1, 2, 3)).mean()
 
 
+class PenalisedWarmedUpTraining(PenalisedTraining, WarmedUpTraining):
+    pass
+
+
 SMALL = replace(v.PROFILES["smoke"], dim=96, depth=2, heads=6, siren_dim=96)
 FORKS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
     "as-it-is": ({}, {}),
@@ -71,6 +75,7 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "siren-depth-3": ({}, {"siren_depth": 3}),
     "siren-width-192": ({}, {"siren_dim": 192}),
     "bcr-1": ({}, {"bcr_real": 1.0, "bcr_fake": 1.0}),
+    "bcr-10": ({}, {"bcr_real": 10.0, "bcr_fake": 10.0}),
     "cutout": ({}, {"augment": "color,translation,cutout"}),
     "rate-0.002": ({}, {"learning_rate": 0.002}),
     "rate-0.008": ({}, {"learning_rate": 0.008}),
@@ -78,6 +83,7 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "warm-up": ({"Training": WarmedUpTraining}, {}),
     "waves-in-D": ({"Discriminator": WavesDiscriminator}, {}),
     "r1": ({"Training": PenalisedTraining}, {}),
+    "r1-bcr-1-warm-up": ({"Training": PenalisedWarmedUpTraining}, {"bcr_real": 1.0, "bcr_fake": 1.0}),  # the authors'
 }
 
 

@@ -166,7 +166,11 @@ def comparisons(config: fast.Config):
         for layer in layers * times:
             _ = layer.weight
 
-    yield "weights normalised once a step, not four times", lambda: normalise(4), lambda: normalise(1)
+    yield (
+        "weights normalised once for the four batches of the discriminator's step, not four times",
+        lambda: normalise(4),
+        lambda: normalise(1),
+    )
 
     style = torch.randn(config.batch_size, grid**2, config.dim, device=device)
     pixels = torch.randn(config.batch_size, grid**2, config.patch_size**2, config.siren_dim, device=device)
@@ -196,7 +200,7 @@ def comparisons(config: fast.Config):
         q, k, w = q.to(run.dtype), k.to(run.dtype), w.to(run.dtype)
         bias = torch.randn(4 * config.batch_size, config.heads, 1, grid**2 + 1).to(run.dtype)
         yield (
-            "attention on a CPU: three products, not the library's fused kernel",
+            "attention on a CPU: product, softmax, product, not the library's fused kernel",
             both_ways(
                 lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias.expand(-1, -1, q.shape[2], -1)), q, k, w
             ),

@@ -168,6 +168,23 @@ def test_a_folder_gone_in_the_meantime_hides_no_message(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_inception_that_cannot_be_fetched_or_read(tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="could not be fetched.*extractor thumbnails"):
+        evaluate(images, images)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for content in (b"", b"half of it", b"PK" + bytes(1000)):
+        (folder / "weights-inception-2015-12-05-6726825d.pth").write_bytes(content)
+        with pytest.raises(BadInput, match=f"could not be read.*in {folder}") as caught:
+            evaluate(images, images)
+        assert "\n" not in str(caught.value)
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_too_few_images_to_measure():
     images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(BadInput, match="3 images are too few"):

@@ -1,6 +1,7 @@
 """The command line: what a run prints and leaves, going on, sampling, measuring, several processes."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -280,8 +281,11 @@ def test_frd_tells_noise_from_images(tmp_path, monkeypatch):
     monkeypatch.setattr(frd.Features, "weights", tmp_path / "w.th")
     real, samples = vitgan_nb.draw_shapes(240, seed=1), vitgan_nb.draw_shapes(120, seed=2)
     assert network.eval()(vitgan_nb.to_float(real[:2])).shape == (2, 112)
-    good, bad = (frd.closeness(images, real) for images in (samples, torch.randint_like(samples, 256)))
+    more = vitgan_nb.draw_shapes(120, seed=3)
+    good, bad = (frd.closeness(images, real, more) for images in (samples, torch.randint_like(samples, 256)))
     assert good["n"] == 120 and good["frd"] < bad["frd"] and good["krd"] < bad["krd"]
     assert good["precision"] > 0.5 > 0.1 > bad["precision"] and good["recall"] > 0.5
     torch.save({"state_dict": frd.ResNet56().state_dict()}, tmp_path / "w.th")  # another network: nothing kept is used
-    assert frd.closeness(real, real)["frd"] == 0
+    copied = frd.closeness(real, real, more)
+    assert copied["frd"] == copied["nearest"] == 0 and 0.5 < good["nearest"] < 2 < bad["nearest"]
+    assert 0 <= copied["classes"] <= math.log2(10) + 0.01

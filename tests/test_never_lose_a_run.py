@@ -560,7 +560,7 @@ def test_drive_is_used_when_asked_for_and_only_then(asked, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "google.colab", type("Colab", (), {"drive": drive}))
     (cell,) = (c for c in SCRIPT.read_text().split("\n# %%") if "drive.mount" in c)
     names = vars(vitgan_nb) | {
-        "LIVE": True, "PROFILE": "smoke", "DATASET": "shapes", "FOLDER": "", "MINUTES": 0, "SAVE_TO_DRIVE": asked
+        "LIVE": True, "PROFILE": "smoke", "DATASET": "shapes", "FOLDER": "", "MINUTES": 0, "SEED": 0, "SAVE_TO_DRIVE": asked
     }  # fmt: skip
     exec(cell.split("\n", 1)[1], names)
     assert mounted == (["/content/drive"] if asked else [])
