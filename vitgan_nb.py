@@ -2311,56 +2311,6 @@ class Training:
         with self.autocast():
             return to_uint8(self.average.module(self.fixed_z[:n].to(self.device))).cpu()
 
-    def circumstances(self) -> dict:
-        """What, beside the configuration, decides the last bits of the results."""
-        device = (
-            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
-        return {"torch": str(torch.__version__), "device": device, "precision": str(self.dtype).removeprefix("torch."),
-                "data": f"{len(self.images):,} images", "processes": f"{self.world} processes"}  # fmt: skip
-
-    def state(self) -> dict:
-        """Everything that `restore` needs, as tensors and plain values."""
-        rng = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
-        rng["numpy"]["state"]["key"] = rng["numpy"]["state"]["key"].tolist()
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {"config": asdict(self.config), "circumstances": self.circumstances(), "rng": rng,
-                **{name: getattr(self, name) for name in self.plain}, "sums": self.sums, "fixed_z": self.fixed_z,
-                **{part: getattr(self, part).state_dict() for part in self.parts}}  # fmt: skip
-
-    def restore(self, state: dict) -> str:
-        """Go on from a `state`; returns "", or why the results will not be those of an unbroken run to the last bit.
-
-        Raises `BadInput` naming the fields in which its configuration differs.
-        """
-        refuse_another_run(Config(**state["config"]), self.config, FREE_TO_CHANGE)
-        for part in self.parts:
-            if state[part]:  # the scaler's is empty unless the run was in float16
-                try:
-                    getattr(self, part).load_state_dict(state[part])
-                except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                    raise BadInput(
-                        f"the checkpoint's {part} is of another version of this program; delete or move the run's folder."
-                    ) from error
-        for name in self.plain:
-            setattr(self, name, copy.copy(state[name]))
-        self.sums, self.fixed_z = state["sums"].to(self.device), state["fixed_z"]
-        if self.rank:
-            torch.manual_seed(self.config.seed + 7919 * self.rank + 104_729 * self.step)
-        else:
-            torch.set_rng_state(state["rng"]["cpu"])
-            random.setstate(state["rng"]["python"])
-            key = np.array(state["rng"]["numpy"]["state"]["key"], dtype=np.uint32)
-            np.random.set_state(state["rng"]["numpy"] | {"state": state["rng"]["numpy"]["state"] | {"key": key}})
-            if self.device.type == "cuda":
-                torch.cuda.manual_seed(self.config.seed + 104_729 * self.step)  # for a run that was on a CPU before
-                if "cuda" in state["rng"]:
-                    torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        then, now = state["circumstances"], self.circumstances()
-        changes = [f"{then[name]}, now {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
-        return f"Not bit for bit an unbroken run: before {'; '.join(changes)}." if changes else ""
-
 
 # %% [markdown]
 # **Checkpoints.** Colab ends a session when it likes, so a run must be able to go on as if nothing had happened. That
@@ -2389,6 +2339,59 @@ def refuse_another_run(before: Config, now: Config, free: set[str]):
         raise BadInput(f"the run so far is of another configuration: {different}; match it, or train without resuming.")
 
 
+# %%
+def circumstances(run: Training) -> dict:
+    """What, beside the configuration, decides the last bits of the results."""
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"torch": str(torch.__version__), "device": device, "precision": str(run.dtype).removeprefix("torch."),
+            "data": f"{len(run.images):,} images", "processes": f"{run.world} processes"}  # fmt: skip
+
+
+def state_of(run: Training) -> dict:
+    """Everything that `restore` needs, as tensors and plain values."""
+    rng = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+    rng["numpy"]["state"]["key"] = rng["numpy"]["state"]["key"].tolist()
+    if run.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(run.device)
+    return {"config": asdict(run.config), "circumstances": circumstances(run), "rng": rng,
+            **{name: getattr(run, name) for name in run.plain}, "sums": run.sums, "fixed_z": run.fixed_z,
+            **{part: getattr(run, part).state_dict() for part in run.parts}}  # fmt: skip
+
+
+def restore(run: Training, state: dict) -> str:
+    """Bring `run` to a `state`; returns "", or why the results will not be those of an unbroken run to the last bit.
+
+    Raises `BadInput` naming the fields in which its configuration differs.
+    """
+    refuse_another_run(Config(**state["config"]), run.config, FREE_TO_CHANGE)
+    for part in run.parts:
+        if state[part]:  # the scaler's is empty unless the run was in float16
+            try:
+                getattr(run, part).load_state_dict(state[part])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise BadInput(
+                    f"the checkpoint's {part} is of another version of this program; delete or move the run's folder."
+                ) from error
+    for name in run.plain:
+        setattr(run, name, copy.copy(state[name]))
+    run.sums, run.fixed_z = state["sums"].to(run.device), state["fixed_z"]
+    if run.rank:
+        torch.manual_seed(run.config.seed + 7919 * run.rank + 104_729 * run.step)
+    else:
+        torch.set_rng_state(state["rng"]["cpu"])
+        random.setstate(state["rng"]["python"])
+        key = np.array(state["rng"]["numpy"]["state"]["key"], dtype=np.uint32)
+        np.random.set_state(state["rng"]["numpy"] | {"state": state["rng"]["numpy"]["state"] | {"key": key}})
+        if run.device.type == "cuda":
+            torch.cuda.manual_seed(run.config.seed + 104_729 * run.step)  # for a run that was on a CPU before
+            if "cuda" in state["rng"]:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], run.device)
+    then, now = state["circumstances"], circumstances(run)
+    changes = [f"{then[name]}, now {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
+    return f"Not bit for bit an unbroken run: before {'; '.join(changes)}." if changes else ""
+
+
+# %%
 def run_folder(config: Config) -> Path:
     """The folder of a run: what it is, and a digest of all fields that make it another run."""
     fixed = {name: value for name, value in sorted(asdict(config).items()) if name not in FREE_TO_CHANGE}
@@ -2435,7 +2438,7 @@ def abandon_later(folder: Path, step: int):
 
 def save_checkpoint(run: Training, folder: Path) -> Path:
     """Write all of `run` to `folder`/checkpoint-STEP.pt, keep the newest two, return the path. Raises `OSError`."""
-    path, state = folder / f"checkpoint-{run.step:09d}.pt", run.state()
+    path, state = folder / f"checkpoint-{run.step:09d}.pt", state_of(run)
     for killed in folder.glob(".*.partial"):  # while it was being written
         killed.unlink()
     with written_whole(path) as partial, open(partial, "wb") as file:
@@ -2656,7 +2659,7 @@ def estimate(run: Training, step_seconds: float) -> str:
 def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
     """Bring `run` to where it stopped: `resume` is a checkpoint, or True for the newest sound one. Returns one line."""
     if not isinstance(resume, bool):
-        changed = run.restore(load_checkpoint(resume))
+        changed = restore(run, load_checkpoint(resume))
         return f"Resumed {resume} at step {run.step:,}. {changed}".rstrip()
     if not resume:
         if checkpoints(folder):
@@ -2669,7 +2672,7 @@ def resume_from(run: Training, folder: Path, resume: bool | str | Path) -> str:
         except BadInput as error:
             told += f"Skipped: {error}\n"
             continue
-        changed = run.restore(state)
+        changed = restore(run, state)
         return f"{told}Resumed at step {run.step:,} from {path}. {changed}".rstrip()
     return told.rstrip()
 
@@ -2794,7 +2797,7 @@ class Keeper:
         notes, seconds = [*run.notes, note], run.seconds
         for path in checkpoints(self.folder) if self.taken_back <= 3 else ():
             with contextlib.suppress(BadInput):  # a damaged one: the one before
-                run.restore(load_checkpoint(path))
+                restore(run, load_checkpoint(path))
                 break
         else:
             raise BadInput(
@@ -2936,11 +2939,11 @@ def test_resumed_run_equals_unbroken_run():
         with tempfile.TemporaryDirectory() as folder:
             state = load_checkpoint(save_checkpoint(broken, Path(folder)))
         resumed = Training(replace(config, steps=99))
-        resumed.restore(state)
+        restore(resumed, state)
         for _ in range(3):
             resumed.train_step()
         for part in ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "sums", "step"):
-            torch.testing.assert_close(resumed.state()[part], unbroken.state()[part], rtol=0, atol=0)
+            torch.testing.assert_close(state_of(resumed)[part], state_of(unbroken)[part], rtol=0, atol=0)
 
 
 @check
@@ -2968,7 +2971,7 @@ def test_wrong_checkpoints_are_refused():
         path = save_checkpoint(Training(TINY), Path(folder))
         other = Training(replace(TINY, dim=32, bcr_fake=2.0))
         for attempt, reason in (
-            (lambda: other.restore(load_checkpoint(path)), "dim 24 ≠ 32, bcr_fake 1.0 ≠ 2.0"),
+            (lambda: restore(other, load_checkpoint(path)), "dim 24 ≠ 32, bcr_fake 1.0 ≠ 2.0"),
             (lambda: load_checkpoint(path.with_name("missing.pt")), "does not exist"),
             (lambda: [path.write_bytes(path.read_bytes()[:5000]), load_checkpoint(path)], "damaged"),
             (lambda: [torch.save({"config": Program()}, path), load_checkpoint(path)], "damaged or not"),

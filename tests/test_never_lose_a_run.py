@@ -32,7 +32,7 @@ def tiny(tmp_path):
 
 
 def weights(run_or_state):
-    state = run_or_state if isinstance(run_or_state, dict) else run_or_state.state()
+    state = run_or_state if isinstance(run_or_state, dict) else vitgan_nb.state_of(run_or_state)
     return {part: state[part] for part in (*Training.parts, "sums", "step")}
 
 
@@ -162,9 +162,9 @@ def test_every_random_generator_goes_on(tiny):
     np.random.seed(1)
     run = Training(tiny)
     run.train_step()
-    state = run.state()
+    state = vitgan_nb.state_of(run)
     drawn = torch.rand(3).tolist(), random.random(), np.random.rand()
-    Training(tiny).restore(state)
+    vitgan_nb.restore(Training(tiny), state)
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn
 
 
