@@ -273,8 +273,9 @@ class Config:
 
 PROFILES = {
     "smoke": Config(
-        dataset="shapes", dim=128, depth=3, heads=8, latent_dim=64, mapping_depth=2, siren_dim=128, batch_size=16,
-        optimizer="muon", learning_rate=0.004, bcr_real=0.3, bcr_fake=0.3, augment="color,translation", steps=1200,
+        dataset="shapes", dim=128, depth=3, heads=8, latent_dim=64, mapping_depth=2, siren_dim=128, siren_depth=3,
+        batch_size=16, optimizer="muon", learning_rate=0.004, bcr_real=0.3, bcr_fake=0.3, augment="color,translation",
+        steps=1200,
     ),
     "lesson": Config(
         dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, batch_size=64, bcr_real=1.0, bcr_fake=1.0,
@@ -631,9 +632,9 @@ def test_shapes_are_ten_kinds_from_a_seed():
 #
 # $$y = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
-# The outputs have the size they always had, but a step of length $\eta$ now changes every weight by the same
-# *share*. $m$ is a multiplier on the learning rate: with $m = 0.01$ a layer starts the same and learns 100 times slower.
-# The mapping network below needs that.
+# The outputs have the size they always had, but a step of length $\eta$ now changes every weight by the same *share*.
+# $m$ is a multiplier on the learning rate: with $m = 0.01$ a layer starts the same and learns 100 times slower. The
+# mapping network below needs that.
 
 
 # %%
@@ -809,7 +810,7 @@ def one_token_under_eight_styles():
     picture = axes[1].imshow(sln(token, w)[:, 0].detach(), **scale)
     axes[1].set(title="the same token under eight styles", xlabel="feature", ylabel="style")
     figure.tight_layout()
-    figure.colorbar(picture, ax=axes)
+    figure.colorbar(picture, ax=axes, label="value")
     plt.show()
 
 
@@ -839,8 +840,8 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # $$\mathrm{Attention}(h) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
 #
-# The division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$. Published ports scale after
-# the softmax, which leaves the attention too sharp and shrinks the output; or they scale by the full $D$, which
+# The division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$. Published ports scale
+# after the softmax, which leaves the attention too sharp and shrinks the output; or they scale by the full $D$, which
 # flattens it. `F.scaled_dot_product_attention` does it right and never writes the N × N matrix to memory. On a CPU in
 # bfloat16, at 64 tokens, the three plain steps, product, softmax and product, were 3 to 9 times faster when we timed
 # them (in float32 equal); so there we write them out.
@@ -901,9 +902,10 @@ class FeedForward(nn.Module):
 #
 # $$h' = h + \mathrm{MSA}(\mathrm{SLN}_1(h, w)), \qquad h'' = h' + \mathrm{MLP}(\mathrm{SLN}_2(h', w))$$
 #
-# MSA is the attention above, for all heads and with its output layer; MLP is `mlp`. Two lines, and published code gets each of them wrong. A blog post computes the MLP's output and
-# throws it away, and uses one norm for both halves. The authors' PyTorch code takes the residual from $h$ *after* it was
-# overwritten by its normalised self: the stream is normalised at every block, so nothing accumulates in it.
+# MSA is the attention above, for all heads and with its output layer; MLP is `mlp`. Two lines, and published code gets
+# each of them wrong. A blog post computes the MLP's output and throws it away, and uses one norm for both halves. The
+# authors' PyTorch code takes the residual from $h$ *after* it was overwritten by its normalised self: the stream is
+# normalised at every block, so nothing accumulates in it.
 
 
 # %%
@@ -927,7 +929,8 @@ class GeneratorBlock(nn.Module):
 # **The first block gets the sine of a position embedding**, $h_0 = \sin(E_\text{pos}(v))$, where
 # $E_\text{pos}(v) = A v + b$ is linear in the patch's centre $v = (x, y) \in [-1, 1]^2$: each of the $D$ features is a
 # wave across the image. Direction, frequency and phase are learned, three numbers a feature. The waves start slow, so
-# neighbouring patches start out alike. Below, six of the features at the start, drawn over the 8 × 8 patches.
+# neighbouring patches start out alike. Below, six of the features at the start, drawn over the 8 × 8 patches,
+# red for −1 and blue for +1.
 
 
 # %%
@@ -1061,8 +1064,9 @@ def test_fourier_features_tell_pixels_apart():
 # <a name="modulation"></a>
 # ## 9. Weight modulation: one small network per patch
 #
-# How does the patch's vector $y$ (`style` in the code) tell the shared pixel network what to paint? By scaling the network's weights, as
-# StyleGAN2 does: a linear layer turns $y$ into one factor $s_j$ per input feature, and this patch uses
+# How does the patch's vector $y$ (`style` in the code) tell the shared pixel network what to paint? By scaling the
+# network's weights, as StyleGAN2 does: a linear layer turns $y$ into one factor $s_j$ per input feature, and this patch
+# uses
 #
 # $$W'_{ij} = s_j\,W_{ij}, \qquad \text{with demodulation}\quad W''_{ij} = \frac{W'_{ij}}{\sqrt{\sum_j W'^2_{ij} + \epsilon}}$$
 #
@@ -1486,10 +1490,10 @@ def test_overlapping_patches():
 # Mind the minus: near tokens attend to each other. Published ports take the softmax of *plus* the distance, so that a
 # token looks at whatever is least like it, or forget to tie the two matrices, which undoes the Lipschitz bound.
 #
-# With one head of full width this attention is Lipschitz. With several heads, tokens that differ only in directions to which a
-# head's $W_q$ is blind are at distance 0 for that head while their values differ, and the steepness grows again. Kim et
-# al. multiply the values by $W_q W_q^\top/\sqrt d$ as well; ViTGAN's formula does not. Here the LayerNorm before the
-# attention limits the length of the tokens.
+# With one head of full width this attention is Lipschitz. With several heads, tokens that differ only in directions to
+# which a head's $W_q$ is blind are at distance 0 for that head while their values differ, and the steepness grows
+# again. Kim et al. multiply the values by $W_q W_q^\top/\sqrt d$ as well; ViTGAN's formula does not. Here the LayerNorm
+# before the attention limits the length of the tokens.
 #
 # The distances need not be formed. Expanding the square, the term that depends on $i$ alone is the same along the row,
 # and the softmax ignores it:
@@ -1601,21 +1605,21 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 # <a name="isn"></a>
 # ## 16. Improved spectral normalisation
 #
-# How steep a linear layer can be is its largest singular value $\sigma(W)$. Spectral normalisation (Miyato et
-# al. 2018) divides by it, so that no layer is steeper than 1. For a Transformer that is too strict, the paper found:
-# training becomes very slow. With the scaling of section 4, $\sigma$ starts at 2 for a square layer and 3 for the one that
-# widens the MLP, and dividing it away makes each block's contribution that much smaller. ViTGAN gives back the steepness
-# that the layer had at the start:
+# How steep a linear layer can be is its largest singular value $\sigma(W)$. Spectral normalisation (Miyato et al. 2018)
+# divides by it, so that no layer is steeper than 1. For a Transformer that is too strict, the paper found: training
+# becomes very slow. With the scaling of section 4, $\sigma$ starts at 2 for a square layer and 3 for the one that
+# widens the MLP, and dividing it away makes each block's contribution that much smaller. ViTGAN gives back the
+# steepness that the layer had at the start:
 #
 # $$\bar W = \sigma(W_\text{init}) \cdot \frac{W}{\sigma(W)}$$
 #
 # At the start this changes nothing, $\bar W = W$; afterwards no training changes how steep the layer is.
 #
-# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each training step does
-# $v \leftarrow W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little per
-# step, so one iteration keeps up, *if it starts from the exact vectors*. One step from a random vector, as in
-# published ports, underestimates $\sigma(W_\text{init})$ and starts the layer at the wrong scale. $u, v$ and
-# $\sigma(W_\text{init})$ are buffers, so that a checkpoint holds them.
+# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each training step does $v \leftarrow
+# W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little per step, so one
+# iteration keeps up, *if it starts from the exact vectors*. One step from a random vector, as in published ports,
+# underestimates $\sigma(W_\text{init})$ and starts the layer at the wrong scale. $u, v$ and $\sigma(W_\text{init})$ are
+# buffers, so that a checkpoint holds them.
 
 
 # %%
@@ -1659,8 +1663,8 @@ def improved_spectral_norm(module: nn.Module) -> nn.Module:
 
 # %% [markdown]
 # The singular values of a layer at the start, and after a hundred steps of a task that wants it steep. On the left the
-# plain layer, whose largest value grows; on the right the normalised one: the largest stays where it was, and the others
-# shrink instead.
+# plain layer, whose largest value grows; on the right the normalised one: the largest stays where it was, and the
+# others shrink instead.
 
 
 # %%
@@ -1738,14 +1742,14 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # <a name="discriminator"></a>
 # ## 17. Discriminator
 #
-# A Vision Transformer: overlapping patches and a class token, position embedding, pre-norm blocks with L2 attention, and
-# a linear layer that reads one number off the class token. Improved spectral normalisation on every linear layer.
+# A Vision Transformer: overlapping patches and a class token, position embedding, pre-norm blocks with L2 attention,
+# and a linear layer that reads one number off the class token. Improved spectral normalisation on every linear layer.
 #
 # The **class token** is one extra learned token that stands for no patch; the answer is read off it. That number is a
 # **logit** and must be free to take any value. A published ViTGAN has a GELU after its last layer. GELU never goes
 # below −0.17, so the discriminator cannot say *"this is fake"*: every fake costs it at least
-# $\mathrm{softplus}(-0.17) = 0.61$, and the generator's loss cannot rise above 0.78. It stays near $\log 2 = 0.693$,
-# the loss of a coin.
+# $\mathrm{softplus}(-0.17) = 0.61$, and the generator's loss cannot rise above 0.78. It lies flat between there and
+# $\log 2 = 0.693$, the loss of a coin.
 
 
 # %%
@@ -1861,8 +1865,8 @@ def what_the_generator_is_told():
 # A discriminator in a hurry to learn the training images by heart has to do so for all their transformations. The
 # price: with a heavy weight it learns slowly, because calling everything 0 is perfectly consistent.
 #
-# The formula hides a trap. Subtract logits of shape (B,) from logits of shape (B, 1) and PyTorch quietly forms all B × B
-# differences: every image is asked to score like *every other*, and the discriminator goes flat. So shapes are
+# The formula hides a trap. Subtract logits of shape (B,) from logits of shape (B, 1) and PyTorch quietly forms all B ×
+# B differences: every image is asked to score like *every other*, and the discriminator goes flat. So shapes are
 # compared first.
 
 
@@ -1930,8 +1934,8 @@ def update_average(average: nn.Module, generator: nn.Module, half_life: float, b
 
 
 # %% [markdown]
-# Grey: one weight of a generator that improves and jitters. Black: its average, which follows closely at first, when the
-# half-life is short, and smooths more the longer it runs.
+# Grey: one weight of a generator that improves and jitters. Black: its average, which follows closely at first, when
+# the half-life is short, and smooths more the longer it runs.
 
 
 # %%
@@ -1984,17 +1988,17 @@ def test_moving_average():
 #    they look. The gradient passes through the discriminator to the images; the discriminator's weights are
 #    frozen and its power iteration rests (`eval`): both move in its own step only.
 #
-# In float16, whose smallest number is 6 · 10⁻⁸, gradients would vanish: a *scaler* multiplies the loss before `backward`
-# and divides the gradients again.
+# In float16, whose smallest number is 6 · 10⁻⁸, gradients would vanish: a *scaler* multiplies the loss before
+# `backward` and divides the gradients again.
 #
 # Then the average takes a step. In all this the CPU never waits for the GPU, except in float16: the statistics add up
 # in a tensor on the device.
 #
 # **The optimizer.** The singular value decomposition $G = USV^\top$ splits the gradient of a matrix into *directions*:
-# $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction $u_i$ of the output that it moves, and $s_i$ says
-# how strongly. A few $s_i$ are far
-# larger than the rest, and Adam's step, which treats the matrix as so many single numbers, is mostly in these few
-# directions too. *Muon* (Jordan et al. 2024) sets all $s_i$ to 1 and goes about equally far in every direction:
+# $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction $u_i$ of the output that it moves, and $s_i$
+# says how strongly. A few $s_i$ are far larger than the rest, and Adam's step, which treats the matrix as so many
+# single numbers, is mostly in these few directions too. *Muon* (Jordan et al. 2024) sets all $s_i$ to 1 and goes about
+# equally far in every direction:
 #
 # $$W \leftarrow W - \eta\sqrt{\max(m, n)}\;UV^\top \qquad (W \text{ of shape } m \times n)$$
 #
@@ -2003,14 +2007,15 @@ def test_moving_average():
 #
 # $$X \leftarrow aX + (bA + cA^2)X,\quad A = XX^\top,\qquad a, b, c = 3.4445, -4.7750, 2.0315.$$
 #
-# $U$ and $V$ stay; every $s$ becomes $as + bs^3 + cs^5$, which lifts whatever is not tiny to between 0.7 and 1.2. For $G$
-# we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay with Adam, and so do matrices with a
-# side of 10 or less, such as those from positions and to colours: they have too few directions. `smoke` learns with
-# Muon, for the reason that [section 25](#differences) gives; `lesson` and `paper` keep the paper's Adam.
+# $U$ and $V$ stay; every $s$ becomes $as + bs^3 + cs^5$, which lifts whatever is not tiny to between 0.7 and 1.2. For
+# $G$ we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay with
+# Adam, and so do matrices with a side of 10 or less, such as those from positions and to colours: they have too few
+# directions. `smoke` learns with Muon, for the reason that [section 25](#differences) gives; `lesson` and `paper` keep
+# the paper's Adam.
 #
 # Look below at how far the first step moves a matrix of the discriminator in each of its directions. Adam spends half
-# of its step on a few of them. Muon's line is flat for some fifty and then falls: what is tiny in the gradient, five
-# rounds do not lift to 1.
+# of its step on two of them. Muon's line begins much lower and falls slowly, so that half of its step takes twenty;
+# what is tiny in the gradient, five rounds do not lift to 1.
 
 
 # %%
@@ -2314,18 +2319,19 @@ class Training:
 
 # %% [markdown]
 # **Checkpoints.** Colab ends a session when it likes, so a run must be able to go on as if nothing had happened. That
-# takes more than weights: without the optimizers' state, from which Adam takes the size of its steps, the first
-# steps after a resume are wild; without that of the random number generators it becomes another run. A checkpoint is written beside its
-# final name and renamed, so it is never half there; the newest two are kept, and, of a run longer than five minutes,
-# the one with the best score (section 22) as `best.pt`. `torch.load` unpickles, and a pickle can run any program: `weights_only=True` allows tensors and
-# plain values and nothing else.
+# takes more than weights: without the optimizers' state, from which Adam takes the size of its steps, the first steps
+# after a resume are wild; without that of the random number generators it becomes another run. A checkpoint is written
+# beside its final name and renamed, so it is never half there; the newest two are kept, and, of a run longer than five
+# minutes, the one with the best score (section 22) as `best.pt`. `torch.load` unpickles, and a pickle can run any
+# program: `weights_only=True` allows tensors and plain values and nothing else.
 #
-# On one CPU with one number of threads, the seed decides every bit, and a resumed run equals an unbroken one. On a
-# GPU it does not: some of its sums are added up in whatever order they finish, and after some hundred steps two runs
-# with the same seed differ as two seeds do. Going on with another device, precision, number of processes or PyTorch works too and says so.
+# On one CPU with one number of threads, the seed decides every bit, and a resumed run equals an unbroken one. On a GPU
+# it does not: some of its sums are added up in whatever order they finish, and after some hundred steps two runs with
+# the same seed differ as two seeds do. Going on with another device, precision, number of processes or PyTorch works
+# too and says so.
 #
 # A run's folder is named after the configuration. Change that, and a new folder starts, unless it is only how long, how
-# precisely or where.
+# precisely, compiled or not, or where CIFAR-10 lies.
 
 # %%
 FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "compile"}  # in a run that goes on
@@ -2344,7 +2350,7 @@ def circumstances(run: Training) -> dict:
     """What, beside the configuration, decides the last bits of the results."""
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"torch": str(torch.__version__), "device": device, "precision": str(run.dtype).removeprefix("torch."),
-            "data": f"{len(run.images):,} images", "processes": f"{run.world} processes"}  # fmt: skip
+            "data": f"{len(run.images):,} images", "processes": f"{run.world} process{'es' * (run.world > 1)}"}  # fmt: skip
 
 
 def state_of(run: Training) -> dict:
@@ -2514,9 +2520,9 @@ def load_generator(path: Path | str) -> Generator:
 
 
 # %% [markdown]
-# **The loop** prints what it is about to do, trains, and after a few steps says how long it will take; every ten seconds
-# it redraws one figure. Interrupt the kernel whenever you like: the step is finished, what there is gets saved and returned, and
-# running the cell again goes on from there.
+# **The loop** prints what it is about to do, trains, and after a few steps says how long it will take; every ten
+# seconds it redraws one figure. Interrupt the kernel whenever you like: the step is finished, what there is gets saved
+# and returned, and running the cell again goes on from there.
 #
 # A GAN can break down within one step: a logit overflows, the loss becomes NaN, and with it every weight. So losses and
 # weights are looked at before anything is saved; when they are not finite, the run goes back to its last checkpoint and
@@ -2993,10 +2999,11 @@ def test_wrong_checkpoints_are_refused():
 #
 # * **Losses.** They do not go down as in classification; they measure a balance. A discriminator that only guesses has
 #   a loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays a
-#   little below its line, so that there is something to learn from it. *consistency* is the bCR term, not part of *loss_d*.
-# * **Logits.** *real* above *fake*. The gap narrows as samples get better; it should neither vanish nor run away. *held
-#   out* are real images that it never
-#   trains on: when they drift from *real* to *fake*, the discriminator is learning the training images by heart.
+#   little below its line, so that there is something to learn from it. *consistency* is the bCR term, not part of
+#   *loss_d*.
+# * **Logits.** *real* above *fake*. The gap narrows as samples get better; it should neither vanish nor run away.
+#   *held out* are real images that it never trains on: when they drift from *real* to *fake*, the discriminator is
+#   learning the training images by heart.
 # * **Samples.** First the colours are right, then the layout, then things.
 
 # %% tags=["nbval-ignore-output"]
@@ -3011,7 +3018,7 @@ if LIVE:
 @demo
 def before_early_after():
     steps = sorted(int(path.stem[-9:]) for path in run_folder(config).glob("samples-*.png"))
-    early = min(steps, key=lambda step: abs(step - run.step / 12))
+    early = min(filter(None, steps), key=lambda step: abs(step - run.step / 12), default=0)
     figure, axes = plt.subplots(1, 3, figsize=(11, 4))
     for axis, step in zip(axes, (0, early), strict=False):
         axis.imshow(plt.imread(run_folder(config) / f"samples-{step:09d}.png"))
@@ -3026,24 +3033,25 @@ def before_early_after():
 # <a name="measure"></a>
 # ## 22. Measure: how close are samples to real images?
 #
-# Looking is not measuring: one remembers the good samples. Five numbers are usual, all made from *features*, not pixels,
-# $a$ of samples and $b$ of real images; all but the last compare the two:
+# Looking is not measuring: one remembers the good samples. Five numbers are usual, all made from *features*, not
+# pixels, $a$ of samples and $b$ of real images; all but the last compare the two:
 #
 # * **FID**: the distance between two Gaussians fitted to the features, of means $\mu$ and covariances $C$,
-#   $\lVert\mu_a-\mu_b\rVert^2 + \mathrm{tr}\bigl(C_a + C_b - 2\,(C_aC_b)^{1/2}\bigr)$. Biased: it falls as the number of
-#   samples grows, so it means nothing without that number. The convention is 50,000.
+#   $\lVert\mu_a-\mu_b\rVert^2 + \mathrm{tr}\bigl(C_a + C_b - 2\,(C_aC_b)^{1/2}\bigr)$. Biased: it falls as the number
+#   of samples grows, so it means nothing without that number. The convention is 50,000.
 # * **KID**: $\mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b)$ with the kernel
 #   $k(a,b) = (a \cdot b/d + 1)^3$ of $d$ features. Unbiased, so it can be had from few samples.
-# * **Precision / recall**: which share of samples lies among real images (are they good?), which share of real images lies
-#   among samples (is everything there?). *Among* is: no further from one of them than its own third neighbour. A GAN
-#   that paints one perfect horse has precision 1 and recall 0.
+# * **Precision / recall**: which share of samples lies among real images (are they good?), which share of real images
+#   lies among samples (is everything there?). *Among* is: no further from one of them than its own third neighbour. A
+#   GAN that paints one perfect horse has precision 1 and recall 0.
 # * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$. Are samples
 #   clearly of one class, and all classes there?
 #
-# We leave all of them to `torch-fidelity`, which computes them as the papers do, with networks (Inception, VGG16)
-# that it downloads. The built-in drawings are nothing like what those networks know, and a computer may be off-line:
-# `thumbnails` is a stand-in that needs no download. Its features are the mean colours of the 64 fields of
-# an 8 × 8 grid over the image. It sees layout and colour and no detail; its KID can rank runs of this notebook and be compared with nothing else.
+# We leave all of them to `torch-fidelity`, which computes them as the papers do, with networks (Inception, VGG16) that
+# it downloads. The built-in drawings are nothing like what those networks know, and a computer may be off-line:
+# `thumbnails` is a stand-in that needs no download. Its features are the mean colours of the 64 fields of an 8 × 8 grid
+# over the image. It sees layout and colour and no detail; its KID can rank runs of this notebook and be compared with
+# nothing else.
 
 
 # %%
@@ -3109,7 +3117,7 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
 
     Both are uint8 (·, 3, H, W). `extractor` is "inception" (FID, KID and IS on Inception v3, precision and recall on
     VGG16, as in the papers; downloaded once) or "thumbnails" (no download; no IS). Returns the numbers with the sample
-    counts. Raises `BadInput` for fewer than four images, or when the networks cannot be fetched.
+    counts. Raises `BadInput` for fewer than four images, or when the networks cannot be fetched or read.
     """
     least = min(len(samples), len(real))
     if least < 4:  # precision and recall look at the three nearest of each
@@ -3141,7 +3149,7 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
             "the network, make room, or use extractor thumbnails."
         ) from error
     except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        if not inception or no_memory(error):
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
             raise
         folder = Path(torch.hub.get_dir(), "checkpoints")
         raise BadInput(
@@ -3162,7 +3170,8 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
 
 
 # %% [markdown]
-# Held-out real images give the best that can be had with 1,000; an untrained generator the worst. Where is ours?
+# Held-out real images show what as good as real is, an untrained generator what bad is. Where is ours? The thumbnails
+# know layout and colours only: there a generator can be as good as real images whose things nobody can name.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -3228,8 +3237,8 @@ def latent_walk():
 
 
 # %% [markdown]
-# **Truncation.** The same eight latents in each row; ψ grows downwards. At ψ = 0 all are the mean style, one image. What
-# does the mean look like, and which row would you print?
+# **Truncation.** The same eight latents in each row; ψ grows downwards. At ψ = 0 all are the mean style, one image.
+# What does the mean look like, and which row would you print?
 
 
 # %%
@@ -3242,8 +3251,9 @@ def truncation():
 
 
 # %% [markdown]
-# **Where the discriminator looks.** The class token gathers the verdict; bright is what it attends to in the last block,
-# averaged over the heads, each map on its own scale. Compare with the image above: is it the subject, its edge or the ground?
+# **Where the discriminator looks.** The class token gathers the verdict; bright is what it attends to in the last
+# block, averaged over the heads, each map on its own scale. Compare with the image above: is it the subject, its edge
+# or the ground?
 
 
 # %%
@@ -3268,10 +3278,10 @@ def attention_of_the_class_token():
 
 
 # %% [markdown]
-# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution: here 16 × 16
-# instead of 4 × 4 pixels a patch, four times finer than anything it was trained on. Middle: the same image enlarged
-# by bicubic interpolation. The SIREN draws its own smooth surfaces within a patch. Between patches nothing was ever
-# asked of it, so look for seams.
+# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution: here
+# 16 × 16 instead of 4 × 4 pixels a patch, four times finer than anything it was trained on. Middle: the same image
+# enlarged by bicubic interpolation. The SIREN draws its own smooth surfaces within a patch. Between patches nothing was
+# ever asked of it, so look for seams.
 
 
 # %%
@@ -3306,12 +3316,12 @@ if LIVE:
 # <a name="break"></a>
 # ## 24. Break it
 #
-# For each switch that is `True`, a small model with that fault is trained for 200 steps beside a sound one, and what you
-# would see on your screen is drawn; with Adam, as published code with these faults does.
+# For each switch that is `True`, a small model with that fault is trained for 200 steps beside a sound one, and what
+# you would see on your screen is drawn; with Adam, as published code with these faults does.
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
-# | the generator's loss sits at 0.69 from the start; *fake* never falls below −0.17 | a GELU after the head: the discriminator cannot say "fake", so there is nothing to learn | [17](#discriminator) |
+# | the generator's loss lies flat from the start, at 0.69 or, with another seed, at 0.77; *fake* never falls below −0.17 | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [17](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [3](#data) |
 # | the discriminator's loss near 0, the generator's climbing to 4; later, *held out* falls away from *real* | few images, neither DiffAugment nor bCR: learned by heart | [13](#diffaugment), [18](#losses) |
 
@@ -3380,12 +3390,11 @@ def sound_and_broken():
 
 # %%
 @check
-def test_gelu_after_the_head_is_the_plateau():
-    """Break it: with a GELU after the head the generator's loss stays at 0.69; sound, it rises above 0.78"""
-    histories = [train_small(fault, 80).history[3:] for fault in (None, gelu_after_the_head)]
-    sound, stuck = (np.mean([entry["loss_g"] for entry in history]) for history in histories)
+def test_gelu_after_the_head_caps_the_loss():
+    """Break it: with a GELU after the head the generator's loss never rises above 0.78; sound, it does"""
+    sound, stuck = (train_small(fault, 80).history for fault in (None, gelu_after_the_head))
     highest = math.log(1 + math.exp(0.17))  # 0.78, when every image is called as fake as a GELU can
-    assert abs(stuck - math.log(2)) < 0.05 and sound > highest, (sound, stuck)
+    assert max(entry["loss_g"] for entry in stuck) < highest < sound[-1]["loss_g"], (sound, stuck)
 
 
 # %% [markdown]
@@ -3440,24 +3449,26 @@ def test_gelu_after_the_head_is_the_plateau():
 # | learning rate grows over the first 1,000 steps | 2,786 | 2,924 | 0.34 | 0.40 | 0.006 | 0.015 |
 # | batches of 32 in place of 16 | 3,546 | 2,741 | 0.31 | 0.26 | 0.004 | 0.010 |
 # | bCR 1 / 1 in place of 0.3 / 0.3 | 2,073 | 2,977 | 0.41 | 0.46 | 0.011 | 0.008 |
+# | bCR 10 / 10 | 2,458 | 2,542 | 0.32 | 0.43 | 0.005 | 0.004 |
 # | R1 of weight 0.1 beside bCR | 2,872 | 2,479 | 0.42 | 0.51 | 0.004 | 0.013 |
+# | the authors' three: bCR 1 / 1, R1 0.1, warm-up (of 1,000 steps) | 2,663 | 2,417 | 0.32 | 0.49 | 0.008 | 0.031 |
 # | DiffAugment with cutout | 2,974 | 2,678 | 0.40 | 0.37 | 0.003 | 0.004 |
 # | no mirrored images | 3,132 | 2,159 | 0.42 | 0.43 | 0.010 | 0.007 |
 # | position embedding of the discriminator begins as waves of amplitude 1 | 2,740 | 2,691 | 0.35 | 0.33 | 0.011 | 0.009 |
 #
-# A third run of the first row had 2,727, but some pairs differ by 900 and more: so most of these rows tell nothing. Two do. With
-# a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **another modulated layer in the
-# SIREN**, three in place of two with the one to RGB counted, is below all others, and its recall above theirs.
-# `smoke` itself with it (`--profile smoke`) had 3,180 and 2,789 at 25,000 images, 1,775 and 1,771 at 50,000 and, seed 1,
-# 1,581 at 100,000: at 50,000 ahead of its three runs in the table of Muon below, at 100,000 among them. Whether it
-# ends further is not measured, so `smoke` keeps two.
+# A third run of the first row had 2,727, but some pairs differ by 900 and more: so most of these rows tell nothing. Two
+# do. With a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **another modulated layer
+# in the SIREN**, three in place of two with the one to RGB counted, is below all others, and its recall above nearly all:
+# so `smoke` has three.
 #
 # γ or 1 + γ, flips, cutout, ω₀, the width of the SIREN, warm-up, the position embedding, bCR's weight, R1: no difference
-# beyond the seeds'. In the repository, `python benchmarks/forks.py NAME --seed 0` (1) trains a row, six minutes on one CPU
-# core, and `python benchmarks/frd.py runs/forks/*.npz --n 2000` measures.
+# beyond the seeds'. bCR does press the logits together: those of real and fake images end 1.1 apart at 0.3 / 0.3, 0.4 at
+# 1 / 1 and 0.05 at 10 / 10. But neither Adam nor Muon minds how long a gradient is, and so here the generator learns
+# from 0.05 as well. In the repository, `python benchmarks/forks.py NAME --seed 0` (or 1) trains a row, six minutes on one
+# CPU core, and `python benchmarks/frd.py runs/forks/*.npz --n 2000` measures.
 #
-# Earlier, with Adam in place of Muon (96 × 2, 3 heads, bCR 1 / 1), FRD of 2,000 samples after 24,000 and 48,000 images, one
-# seed each, so these are hints:
+# Earlier, with Adam in place of Muon (96 × 2, 3 heads, bCR 1 / 1), FRD of 2,000 samples after 24,000 and 48,000 images,
+# one seed each, so these are hints:
 #
 # | settings | 24,000 | 48,000 |
 # |---|---|---|
@@ -3469,46 +3480,55 @@ def test_gelu_after_the_head_is_the_plateau():
 # | the first row with the standard deviation over groups of 4 images shown to the head | 5,326 | 3,766 |
 # | no cutout, batch 16, 0.004 | 3,250 | 2,549 |
 # | the same with batch 8 | 3,054 | 2,744 |
-# | the same, position embedding as in the paper (above: a learned vector of its own for every patch) | 3,549 | 2,218 |
-# | the same, 0.004 for the discriminator and 0.002 for the generator | 3,492 | 3,442 |
+# | batch 16 again, position embedding as in the paper (above: a learned vector of its own for every patch) | 3,549 | 2,218 |
+# | batch 16 again, 0.004 for the discriminator and 0.002 for the generator | 3,492 | 3,442 |
 #
 # Single points tell little: the row that had 2,218, trained again, had 3,176 at 50,000. At bCR 0.3 / 0.3 it had, with
 # 3,000 samples, 3,205, 3,055 and 2,594 at 25,000, 50,000 and 75,000 images, against 3,607, 3,176 and 2,689 at 1 / 1; so
-# `smoke` took 0.3. Not tried at all: the authors' bCR 1 / 1
-# with R1 0.1, a learned temperature of the attention, convolutions in place of the SIREN. These are findings about small
-# models and one pass over the images; `lesson` and `paper` keep the paper's learning rate and cutout, which guards
-# against learning the images by heart, and `paper` its batch.
+# `smoke` took 0.3. Not tried at all: a learned temperature of the attention, convolutions in place of the SIREN, other
+# scales σ at the start, a smaller cutout. These are findings about small models and few passes over the images;
+# `lesson` and `paper` keep the paper's learning rate and cutout, which guards against learning the images by heart, and
+# `paper` its batch.
 #
-# **Muon and a larger model** go much further: `smoke` is 128 × 3, with 8 heads, and learns with Muon. FRD of 2,000
-# samples by the number of images seen:
+# **Muon, a larger model, a deeper SIREN** go much further. `smoke` is 128 × 3, with 8 heads and a SIREN of depth 3, and
+# learns with Muon. Three seeds each; precision and recall are of 5,000 samples, FRD is of 10,000:
 #
-# | model, optimizer | seed | 25,000 | 50,000 | 100,000 | 200,000 |
-# |---|---|---|---|---|---|
-# | 96 × 2, Adam | 0 | 3,272 | 2,666 | 2,541 | 1,755 |
-# | | 1 | 4,094 | 3,108 | 2,773 | 2,294 |
-# | | 2 | 3,303 | 2,825 | 2,651 | 2,091 |
-# | 128 × 3, Adam | 0 | 3,179 | 3,190 | 3,679 | – |
-# | **128 × 3, Muon** | 0 | 3,031 | 3,064 | 2,145 | 1,171 |
-# | | 1 | 3,179 | 2,036 | 1,617 | 1,067 |
-# | | 2 | 2,639 | 2,219 | 1,353 | 915 |
+# ![FRD, precision and recall against images seen](attachment:curve.png)
 #
-# From 50,000 images on, the one run of the larger model with Adam was worse than all small ones. With 10,000 samples (precision and recall
-# with 5,000) the three runs of `smoke` had, after 200,000 images, FRD 1,147, 1,045 and 939, precision 0.55, 0.52 and 0.50
-# and recall 0.11, 0.13 and 0.13; those of 96 × 2 with Adam 1,803, 2,296 and 2,068, precision 0.42, 0.47 and 0.51 and
-# recall 0.01. Samples come to look like photographs before they come to differ like them. Seed 2, trained on, had 838,
-# 808 and 808 at 250,000, 300,000 and 350,000, recall 0.20, 0.21 and 0.21: there it is at its end, and not because the
-# steps are too large, for with a learning rate that fell to 0 from 250,000 to 300,000 it had 836.
+# | model, optimizer, depth of the SIREN | seed | FRD at 25,000 | 50,000 | 100,000 | 200,000 | precision | recall |
+# |---|---|---|---|---|---|---|---|
+# | 96 × 2, Adam, 2 | 0 | 3,300 | 2,689 | 2,584 | 1,803 | 0.42 | 0.01 |
+# | | 1 | 4,128 | 3,138 | 2,766 | 2,296 | 0.47 | 0.02 |
+# | | 2 | 3,303 | 2,844 | 2,665 | 2,068 | 0.51 | 0.01 |
+# | 128 × 3, Muon, 2 | 0 | 3,026 | 3,098 | 2,173 | 1,147 | 0.55 | 0.11 |
+# | | 1 | 3,214 | 2,047 | 1,614 | 1,045 | 0.52 | 0.13 |
+# | | 2 | 2,643 | 2,222 | 1,340 | 939 | 0.50 | 0.13 |
+# | **128 × 3, Muon, 3** | 0 | 3,174 | 1,765 | 1,101 | 1,024 | 0.51 | 0.14 |
+# | | 1 | 2,740 | 1,754 | 1,574 | 924 | 0.48 | 0.17 |
+# | | 2 | 3,134 | 1,431 | 1,033 | 907 | 0.46 | 0.22 |
 #
-# Averages of other half-lives, made beside seed 2: with 1.25, 2.5, 5, 10, 20 and 40 % of the images seen, FRD of 5,000
-# samples at 200,000 images was 989, 942, 935, 950, 1,052 and 1,293. So it is 5 %.
+# Samples come to look like photographs before they come to differ like them: precision is there early, recall late, and
+# it grew with the model, Muon and the SIREN's depth. No training image is copied: a sample is 1.3 times as far from
+# the nearest one as test images are (`nearest`, median). The larger model with Adam and a SIREN of depth 2, one seed,
+# was no better than the small one: 3,179, 3,190 and 3,679 at 25,000, 50,000 and 100,000 (2,000 samples). So it is Muon
+# that makes the size pay.
+#
+# Where it ends: 128 × 3 with a SIREN of depth 2, seed 2, trained on, had 838, 808 and 808 at 250,000, 300,000 and
+# 350,000, recall 0.20, 0.21 and 0.21. Not because the steps are too large: with a learning rate that fell to 0 from
+# 250,000 to 300,000 it had 836.
+#
+# Averages of other half-lives, made beside seed 2 of depth 2: with 1.25, 2.5, 5, 10, 20 and 40 % of the images seen,
+# FRD of 5,000 samples at 200,000 images was 989, 942, 935, 950, 1,052 and 1,293, one seed. `smoke` has 5 %.
 #
 # In the repository, `python benchmarks/curve.py --images 25000 50000 100000 200000` trains `smoke` (an hour on one CPU
-# core), `python benchmarks/forks.py adam --profile smoke` the larger model with Adam, and `python benchmarks/frd.py`
-# measures. 96 × 2 with Adam is what `smoke` was before, with 3 heads.
+# core; with `--name siren-2 --siren-depth 2` the second model, with `--name adam --optimizer adam --siren-depth 2` the
+# larger model with Adam), `python benchmarks/frd.py runs/curve/*.npz > curve.jsonl` measures and `python
+# benchmarks/draw.py curve.jsonl curve.png` draws. 96 × 2 with Adam is what `smoke` was at first, with 3 heads.
 #
-# **What each technique does for it.** The model of 96 × 2 with Adam, one technique taken out, 32,000 images of CIFAR-10,
-# two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three minutes each
-# on one CPU core, and draws their samples, and `python benchmarks/frd.py runs/ablations/*.npz` measures them.
+# **What each technique does for it.** The model of 96 × 2 with Adam, one technique taken out, 32,000 images of
+# CIFAR-10, two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three
+# minutes each on one CPU core, and draws their samples, and `python benchmarks/frd.py runs/ablations/*.npz` measures
+# them.
 #
 # | run | what takes the technique's place | FRD, seed 0 | seed 1 |
 # |---|---|---|---|
@@ -3530,10 +3550,10 @@ def test_gelu_after_the_head_is_the_plateau():
 # 0.02 in all of them, too low to compare. None of this says what a technique is worth in a longer run or a larger
 # model.
 #
-# **What the paper reports.** FID 6.66 on CIFAR-10 in the first version of the paper, 4.92 in the published one, with the
-# ViT discriminator; 4.57 with StyleGAN2's. These are the authors' numbers at their budget. Section 22
-# measures the run you just made, with another metric. For its FID run `python vitgan_nb.py evaluate --weights FOLDER`, or
-# here `evaluate(sample(run.average.module, 50_000), train_images)`.
+# **What the paper reports.** FID 6.66 on CIFAR-10 in the first version of the paper, 4.92 in the published one, with
+# the ViT discriminator; 4.57 with StyleGAN2's. These are the authors' numbers at their budget. Section 22 measures the
+# run you just made, with another metric. For its FID run `python vitgan_nb.py evaluate --weights FOLDER`, or here
+# `evaluate(sample(run.average.module, 50_000), train_images)`.
 
 
 # %%
@@ -3578,11 +3598,11 @@ def what_the_class_token_sees_before_training():
 # multiplies at 65 TFLOP/s at best; at a quarter of that the `lesson` profile (3.5 GFLOP an image) would see 4,600
 # images a second. That is an estimate: it has not been measured.
 #
-# How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile.
-# *Left*, on logarithmic axes, larger images at the same patch: four times the tokens cost four times as much in every layer that treats
-# tokens one by one, and sixteen times in the attention, which compares all with all. *Right*, larger batches: an
-# image gets cheaper until the machine is busy throughout; the memory it needs stays about the same. Memory here is
-# what the forward pass keeps for the backward pass.
+# How the cost of an image grows, below: one pass forwards and backwards through both networks of your profile. *Left*,
+# on logarithmic axes, larger images at the same patch: four times the tokens cost four times as much in every layer
+# that treats tokens one by one, and sixteen times in the attention, which compares all with all. *Right*, larger
+# batches: an image gets cheaper until the machine is busy throughout; the memory it needs stays about the same. Memory
+# here is what the forward pass keeps for the backward pass.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -3658,9 +3678,10 @@ def how_cost_grows():
 #   [arXiv:1904.06991](https://arxiv.org/abs/1904.06991)
 # * Salimans et al. (2016). *Improved techniques for training GANs* (Inception score). NeurIPS.
 #   [arXiv:1606.03498](https://arxiv.org/abs/1606.03498)
-# * Anokhin, Demochkin, Khakhulin, Sterkin, Lempitsky & Korzhenkov (2021). *Image generators with conditionally-independent
-#   pixel synthesis* (CIPS). CVPR. [arXiv:2011.13775](https://arxiv.org/abs/2011.13775)
-# * Dosovitskiy et al. (2021). *An image is worth 16×16 words* (ViT). ICLR. [arXiv:2010.11929](https://arxiv.org/abs/2010.11929)
+# * Anokhin, Demochkin, Khakhulin, Sterkin, Lempitsky & Korzhenkov (2021). *Image generators with
+#   conditionally-independent pixel synthesis* (CIPS). CVPR. [arXiv:2011.13775](https://arxiv.org/abs/2011.13775)
+# * Dosovitskiy et al. (2021). *An image is worth 16×16 words* (ViT). ICLR.
+#   [arXiv:2010.11929](https://arxiv.org/abs/2010.11929)
 # * Goodfellow et al. (2014). *Generative adversarial nets*. NeurIPS. [arXiv:1406.2661](https://arxiv.org/abs/1406.2661)
 # * Heusel, Ramsauer, Unterthiner, Nessler & Hochreiter (2017). *GANs trained by a two time-scale update rule* (FID).
 #   NeurIPS. [arXiv:1706.08500](https://arxiv.org/abs/1706.08500)
@@ -3672,8 +3693,8 @@ def how_cost_grows():
 #   [arXiv:1812.04948](https://arxiv.org/abs/1812.04948)
 # * Karras et al. (2020). *Analyzing and improving the image quality of StyleGAN* (StyleGAN2: weight modulation). CVPR.
 #   [arXiv:1912.04958](https://arxiv.org/abs/1912.04958)
-# * Karras et al. (2020a). *Training generative adversarial networks with limited data* (warm-up of the average). NeurIPS.
-#   [arXiv:2006.06676](https://arxiv.org/abs/2006.06676)
+# * Karras et al. (2020a). *Training generative adversarial networks with limited data* (warm-up of the average).
+#   NeurIPS. [arXiv:2006.06676](https://arxiv.org/abs/2006.06676)
 # * Kim, Papamakarios & Mnih (2021). *The Lipschitz constant of self-attention* (L2 attention). ICML.
 #   [arXiv:2006.04710](https://arxiv.org/abs/2006.04710)
 # * Lee, Chang, Jiang, Zhang, Tu & Liu (2022). *ViTGAN: Training GANs with Vision Transformers*. ICLR.

@@ -27,6 +27,8 @@ def main():
     v.add_settings(parser)
     parser.set_defaults(profile="smoke", dataset="cifar10", out_dir="runs/curve", minutes=0.0)
     flags = parser.parse_args()
+    if flags.steps is not None:
+        parser.error("--images says how far to train, not --steps")
     try:
         config, name = v.config_from_flags(flags), flags.name or flags.profile
     except v.BadInput as error:

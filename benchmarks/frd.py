@@ -146,6 +146,7 @@ def main():
     parser.add_argument("--n", type=int, help="only the first N")
     flags = parser.parse_args()
     Features.weights = flags.weights
+    torch.backends.cudnn.allow_tf32 = False  # features in full float32
     real, test = v.load_images(replace(v.PROFILES["smoke"], dataset="cifar10"))
     for path in flags.samples:
         samples = torch.from_numpy(np.load(path)["images"][: flags.n]).permute(0, 3, 1, 2)

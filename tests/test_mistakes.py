@@ -120,7 +120,7 @@ MISTAKES = [
     (
         "optimizer state not saved",
         "test_resumed_run_equals_unbroken_run",
-        [("        for part in self.parts:\n", "        for part in self.parts[:3]:\n")],
+        [("    for part in run.parts:\n", "    for part in run.parts[:3]:\n")],
     ),
     (
         "Muon up the gradient",
