@@ -31,7 +31,7 @@
 # ![samples](attachment:samples.png)
 #
 # *Samples of the `smoke` profile after 200,000 images of CIFAR-10, an hour on one core of a CPU: a generator
-# of 0.9 million weights, small enough to follow. The outputs stored below are of the same run, which was trained
+# of a million weights, small enough to follow. The outputs stored below are of the same run, which was trained
 # beforehand, with more steps than the plan names: where they say "Nothing to do", yours will train.*
 #
 # This notebook builds every part of it in PyTorch, says what goes wrong without the part, draws the part at work, and
@@ -109,7 +109,7 @@ from pathlib import Path
 
 LIVE = __name__ == "__main__" and "get_ipython" in globals()  # in a notebook; False on import and in a script
 
-if LIVE:  # Colab lacks two of these; nothing that is there already is touched
+if LIVE:  # Colab lacks torch-fidelity; nothing that is there already is touched
     wanted = ["torch", "torchvision", "matplotlib", "numpy", "tqdm", "ipywidgets", "safetensors", "torch_fidelity"]
     missing = [name.replace("_", "-") for name in wanted if importlib.util.find_spec(name) is None]
     if missing and subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *missing]):
@@ -208,7 +208,7 @@ class Config:
     mapping_depth: int = option(8, "layers of the mapping network")
     siren_dim: int = option(384, "width of the patch decoder")
     siren_depth: int = option(2, "modulated layers of the patch decoder, the one to RGB included")
-    omega_0: float = option(1.0, "factor inside every sine of the patch decoder")
+    omega_0: float = option(1.0, "factor inside the sines of the patch decoder")
     demodulate: bool = option(False, "divide modulated weights by their norm, as StyleGAN2 does")
     batch_size: int = option(128, "real images in a step, over all GPUs")
     optimizer: str = option("adam", "adam, or muon: Muon for the matrices, Adam for the other weights")
@@ -273,7 +273,7 @@ class Config:
 
 PROFILES = {
     "smoke": Config(
-        dataset="shapes", dim=128, depth=3, heads=8, latent_dim=64, mapping_depth=2, siren_dim=128, siren_depth=3,
+        dataset="shapes", dim=128, depth=3, heads=8, latent_dim=64, mapping_depth=2, siren_dim=128, siren_depth=4,
         batch_size=16, optimizer="muon", learning_rate=0.004, bcr_real=0.3, bcr_fake=0.3, augment="color,translation",
         steps=1200,
     ),
@@ -697,6 +697,9 @@ def test_equalized_linear_keeps_size_and_pace():
             shares.append((step.norm() / layer.weight.detach().norm()).item())
         torch.testing.assert_close(shares[0], shares[1], rtol=0.05, atol=0)
         torch.testing.assert_close(shares[0], 0.002 * lr_multiplier, rtol=0.05, atol=0)
+    layer = EqualizedLinear(4, 4, lr_multiplier=0.01)
+    nn.init.ones_(layer.bias)
+    torch.testing.assert_close(layer(torch.zeros(1, 4)), torch.full((1, 4), 0.01))  # the m b of the formula
 
 
 # %% [markdown]
@@ -711,8 +714,8 @@ def test_equalized_linear_keeps_size_and_pace():
 #
 # Eight layers deep, a change in the first moves everything after it; so they learn 100 times slower, $m = 0.01$.
 #
-# The running mean $\bar w$ of all styles seen is kept. **Truncation** pulls a style towards it,
-# $w' = \bar w + \psi\,(w - \bar w)$: with $\psi < 1$ samples become more typical and less varied.
+# A running mean $\bar w$ of the styles, over the last few hundred batches, is kept. **Truncation** pulls a style
+# towards it, $w' = \bar w + \psi\,(w - \bar w)$: with $\psi < 1$ samples become more typical and less varied.
 
 
 # %%
@@ -773,8 +776,8 @@ def test_mapping_network():
 # eye goes here"*. It turns features up and down everywhere, and the position embedding decides where they matter.
 #
 # The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, which is plain LayerNorm at
-# $\gamma = 0$. Each place of use gets a layer of its own: a published port shares one between attention and MLP, which
-# need different scales and shifts.
+# $\gamma = \beta = 0$. Each place of use gets a layer of its own: a published port shares one between attention and
+# MLP, which need different scales and shifts.
 
 
 # %%
@@ -927,10 +930,10 @@ class GeneratorBlock(nn.Module):
 
 # %% [markdown]
 # **The first block gets the sine of a position embedding**, $h_0 = \sin(E_\text{pos}(v))$, where
-# $E_\text{pos}(v) = A v + b$ is linear in the patch's centre $v = (x, y) \in [-1, 1]^2$: each of the $D$ features is a
-# wave across the image. Direction, frequency and phase are learned, three numbers a feature. The waves start slow, so
-# neighbouring patches start out alike. Below, six of the features at the start, drawn over the 8 × 8 patches,
-# red for −1 and blue for +1.
+# $E_\text{pos}(v) = A v + b$ is linear in the patch's centre $v \in [-1, 1]^2$: each of the $D$ features is a wave across
+# the image. Direction, frequency and phase are learned, three numbers a feature. The waves start slow, with about half a
+# turn across the image, so neighbouring patches start out alike. Below, six of the features at the start, drawn over the
+# 8 × 8 patches, red for −1 and blue for +1.
 
 
 # %%
@@ -951,7 +954,7 @@ def waves(features: int, frequency: float) -> EqualizedLinear:
 
 @demo
 def sine_of_the_position_embedding():
-    features = waves(6, math.pi)(patch_centres(8)).sin().detach().T.reshape(6, 8, 8)
+    features = waves(6, math.pi / 2)(patch_centres(8)).sin().detach().T.reshape(6, 8, 8)
     _, axes = plt.subplots(1, 6, figsize=(9, 1.7))
     for axis, feature in zip(axes, features, strict=True):
         axis.imshow(feature, cmap="RdBu", vmin=-1, vmax=1)
@@ -997,7 +1000,7 @@ def test_generator_block_is_its_two_equations():
 @check
 def test_position_embedding_starts_smooth():
     """Position embedding: neighbouring patches start out more alike than distant ones"""
-    h = waves(512, math.pi)(patch_centres(8)).sin().reshape(8, 8, 512)
+    h = waves(512, math.pi / 2)(patch_centres(8)).sin().reshape(8, 8, 512)
     assert (h[:, 1:] - h[:, :-1]).norm(dim=-1).mean() < 0.8 * (h[:, 4:] - h[:, :-4]).norm(dim=-1).mean()
 
 
@@ -1008,7 +1011,7 @@ def test_position_embedding_starts_smooth():
 # The Transformer leaves one vector per patch, and 4 × 4 pixels must come out of it. The paper paints a patch with an
 # **implicit function**: a small network that is given the position of one pixel and returns its colour. But a network
 # fed with two raw coordinates learns slow variations first and sharp ones hardly ever (Tancik et al. 2020). So the
-# position $v = (x, y) \in [-1, 1]^2$ first becomes many sines of learned direction, frequency and phase:
+# position $v \in [-1, 1]^2$ first becomes many sines of learned direction, frequency and phase:
 #
 # $$E_\text{fou}(v) = \sin(A v + b)$$
 #
@@ -1142,8 +1145,9 @@ def test_modulated_linear_is_one_matrix_per_patch():
 #
 # $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr), \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
 #
-# $\omega_0$ multiplies every frequency; Sitzmann et al. use 30 for whole pictures; for a patch, 4 pixels
-# wide, we use 1. The colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
+# $\omega_0$ multiplies what goes into every sine after the Fourier features: the larger it is, the faster colours can
+# change within a patch. Sitzmann et al. use 30 for whole pictures; for a patch, 4 pixels wide, we use 1. The colour has
+# no activation: training keeps it near $[-1, 1]$, and only showing clips it.
 
 
 # %%
@@ -1209,7 +1213,8 @@ def test_siren_paints_one_continuous_patch():
 # ## 11. Patches to image
 #
 # The pixels come out as (image, patch, pixel in patch, colour). Both the patches and the pixels run row by row, so the
-# two axes of rows must be brought together, and the two axes of columns: a reshape alone would interleave them.
+# two axes of rows must be brought together, and the two axes of columns: a reshape alone would lay all pixels of a patch
+# side by side in one row of the image.
 
 
 # %%
@@ -1244,7 +1249,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config, dim = config, config.dim
         self.mapping = MappingNetwork(config.latent_dim, dim, config.mapping_depth)
-        self.position = waves(dim, math.pi)
+        self.position = waves(dim, math.pi / 2)  # about half a turn across the image
         self.blocks = nn.ModuleList(
             GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
         )
@@ -1381,11 +1386,11 @@ def diff_augment_on_one_image():
 @check
 def test_diff_augment():
     """DiffAugment: each image its own transformation, gradients pass, shifted and cut as announced"""
-    x = torch.rand(64, 3, 16, 16, dtype=torch.double).requires_grad_()
+    x = torch.rand(1, 3, 16, 16, dtype=torch.double).repeat(64, 1, 1, 1).requires_grad_()  # one image, 64 times
     for policy in AUGMENTATIONS:
         y = diff_augment(x, policy)
         assert y.shape == x.shape and y.dtype == x.dtype
-        assert not torch.equal(y[0] - x[0], y[1] - x[1])
+        assert len(y.detach().unique(dim=0)) > 16, f"{policy} transforms all images alike"
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         assert (gradient.abs().amax((1, 2, 3)) > 0).all(), f"no gradient through {policy}"
     bright = torch.zeros(64, 3, 16, 16)
@@ -1402,9 +1407,10 @@ def test_diff_augment():
 # <a name="overlap"></a>
 # ## 14. Overlapping patches
 #
-# A classifying ViT cuts the image into patches that do not touch. As a *discriminator* it then sees nothing across
-# their borders: the generator may paint patches that do not fit together and nobody complains. So every patch is
-# extended by half its side in each direction: $2P \times 2P$ pixels, every $P$ pixels, and the number of tokens stays.
+# A classifying ViT cuts the image into patches that do not touch. As a *discriminator* it then has no token that holds
+# both sides of a border: whether two patches fit together shows only when attention compares them, and is easily missed.
+# So every patch is extended by half its side in each direction: $2P \times 2P$ pixels, every $P$ pixels, and the number
+# of tokens stays.
 #
 # $$h_n = W \,\mathrm{vec}\bigl(x[\,rP - \tfrac P2 : rP + \tfrac{3P}2,\; cP - \tfrac P2 : cP + \tfrac{3P}2\,]\bigr) + b,
 #   \qquad n = r\sqrt N + c$$
@@ -1476,7 +1482,7 @@ def test_overlapping_patches():
 
 # %% [markdown]
 # <a name="l2"></a>
-# ## 15. L2 attention: a discriminator that cannot be arbitrarily steep
+# ## 15. L2 attention: tokens compared by distance
 #
 # A discriminator whose output can change without bound for a small change of the image gives the generator useless
 # gradients. One wants it Lipschitz: $|D(x) - D(x')| \le L\,\|x - x'\|$. Linear layers can be kept so (next section).
@@ -1486,9 +1492,9 @@ def test_overlapping_patches():
 #
 # $$A_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q = h\,W_q$$
 #
-# (The paper divides by $\sqrt d$; [section 25](#differences) says why not here.)
-# Mind the minus: near tokens attend to each other. Published ports take the softmax of *plus* the distance, so that a
-# token looks at whatever is least like it, or forget to tie the two matrices, which undoes the Lipschitz bound.
+# (The paper divides by $\sqrt d$ and prints no minus; [section 25](#differences) says why we do otherwise.) Mind the
+# minus: near tokens attend to each other. Published ports take the softmax of *plus* the distance, so that a token looks
+# at whatever is least like it, or forget to tie the two matrices, which undoes the Lipschitz bound.
 #
 # With one head of full width this attention is Lipschitz. With several heads, tokens that differ only in directions to
 # which a head's $W_q$ is blind are at distance 0 for that head while their values differ, and the steepness grows
@@ -1646,6 +1652,7 @@ class ImprovedSpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):  # float32, whatever the layers compute in
             if self.training:
                 self.power_step(weight)
+            # u and v are cloned because another forward pass may change them before the backward pass
             sigma = self.u.clone() @ (weight @ self.v.clone())  # ()
             return self.sigma_init / sigma * weight  # (out, in)
 
@@ -1707,7 +1714,7 @@ def test_improved_spectral_norm_starts_exact():
     assert torch.equal(layer.weight, layer.weight) and torch.equal(isn.u, u)
     layer.train()
     w = layer.parametrizations.weight.original.detach()
-    assert layer.weight is not None
+    _ = layer.weight  # used once in training mode: one power step
     torch.testing.assert_close(isn.u, F.normalize(w @ F.normalize(w.T @ u, dim=0), dim=0))
 
 
@@ -1748,7 +1755,7 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # The **class token** is one extra learned token that stands for no patch; the answer is read off it. That number is a
 # **logit** and must be free to take any value. A published ViTGAN has a GELU after its last layer. GELU never goes
 # below −0.17, so the discriminator cannot say *"this is fake"*: every fake costs it at least
-# $\mathrm{softplus}(-0.17) = 0.61$, and the generator's loss cannot rise above 0.78. It lies flat between there and
+# $\mathrm{softplus}(-0.17) = 0.61$, and the generator's loss cannot rise above 0.78. It hardly moves between there and
 # $\log 2 = 0.693$, the loss of a coin.
 
 
@@ -1991,8 +1998,8 @@ def test_moving_average():
 # In float16, whose smallest number is 6 · 10⁻⁸, gradients would vanish: a *scaler* multiplies the loss before
 # `backward` and divides the gradients again.
 #
-# Then the average takes a step. In all this the CPU never waits for the GPU, except in float16: the statistics add up
-# in a tensor on the device.
+# Then the average takes a step. In all this the CPU never waits for the GPU, except for Muon in float16: the
+# statistics add up in a tensor on the device.
 #
 # **The optimizer.** The singular value decomposition $G = USV^\top$ splits the gradient of a matrix into *directions*:
 # $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction $u_i$ of the output that it moves, and $s_i$
@@ -2014,7 +2021,7 @@ def test_moving_average():
 # the paper's Adam.
 #
 # Look below at how far the first step moves a matrix of the discriminator in each of its directions. Adam spends half
-# of its step on two of them. Muon's line begins much lower and falls slowly, so that half of its step takes twenty;
+# of its step on two of them. Muon's line begins much lower and falls slowly, so that half of its step takes thirty;
 # what is tiny in the gradient, five rounds do not lift to 1.
 
 
@@ -2158,6 +2165,8 @@ class Training:
 
     def __init__(self, config: Config):
         self.config, self.device = config, best_device()
+        if self.device.type == "cuda" and self.device.index >= torch.cuda.device_count():
+            raise BadInput(f"start torchrun with --nproc-per-node={torch.cuda.device_count()}: there are no more GPUs.")
         self.dtype = number_format(config.precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -2197,6 +2206,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds, self.history = 0, 0.0, []
         self.whole = True  # no step is half done
+        self.saved = True  # the last checkpoint holds all that was trained
         self.notes = []  # what else belongs in the log: scores, and where the run was taken back
         self.sums = torch.zeros(len(STATISTICS) + 1, device=self.device)  # statistics and how many steps they are of
         self.fixed_z = torch.randn(64, config.latent_dim)  # the samples shown all along
@@ -2903,10 +2913,12 @@ def train(config: Config, resume: bool | str | Path | Training = True) -> Traini
         raise
     if not run.history:  # a very short run: say at least once how it went
         keeper.report("record", run.record())
-    saved = keeper.save(scored=any("kid" in note for note in run.notes))
+    run.saved = keeper.save(scored=any("kid" in note for note in run.notes))
     keeper.report("close")
     keeper.finish()
-    where = f"all in {folder}" if saved else f"NOT saved to {folder}, where the last checkpoint is of an earlier step"
+    where = (
+        f"all in {folder}" if run.saved else f"NOT saved to {folder}, where the last checkpoint is of an earlier step"
+    )
     keeper.say(f"Step {run.step:,}, {run.step * config.batch_size:,} images, {duration(run.seconds)}; {where}.")
     return run
 
@@ -3042,8 +3054,8 @@ def before_early_after():
 # * **KID**: $\mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b)$ with the kernel
 #   $k(a,b) = (a \cdot b/d + 1)^3$ of $d$ features. Unbiased, so it can be had from few samples.
 # * **Precision / recall**: which share of samples lies among real images (are they good?), which share of real images
-#   lies among samples (is everything there?). *Among* is: no further from one of them than its own third neighbour. A
-#   GAN that paints one perfect horse has precision 1 and recall 0.
+#   lies among samples (is everything there?). *Among* is: no further from one of them than that one is from its third
+#   nearest neighbour. A GAN that paints one perfect horse has precision 1 and recall 0.
 # * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$. Are samples
 #   clearly of one class, and all classes there?
 #
@@ -3075,13 +3087,17 @@ def sample_batches(generator: Generator, n: int, seed: int, truncation: float) -
     device = next(generator.parameters()).device
     dtype = number_format(generator.config.precision, device)
     rng, training = torch.Generator().manual_seed(seed), generator.training
-    for start in range(0, n, 100):
-        z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
-        generator.eval()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            images = to_uint8(generator(z.to(device), truncation)).cpu()
-        generator.train(training)
-        yield images
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, n, 100):
+            z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
+            generator.eval()
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                images = to_uint8(generator(z.to(device), truncation)).cpu()
+            generator.train(training)
+            yield images
+
+    return batches()
 
 
 def thumbnails_extractor() -> str:
@@ -3112,6 +3128,9 @@ def thumbnails_extractor() -> str:
     return "thumbnails"
 
 
+EXTRACTORS = ("inception", "thumbnails")
+
+
 def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dict:
     """FID, KID, IS, precision and recall of `samples` against `real` images, through torch-fidelity.
 
@@ -3122,8 +3141,8 @@ def evaluate(samples: Tensor, real: Tensor, extractor: str = "inception") -> dic
     least = min(len(samples), len(real))
     if least < 4:  # precision and recall look at the three nearest of each
         raise BadInput(f"{least} images are too few to be measured; at least 4 are needed.")
-    if extractor not in ("inception", "thumbnails"):
-        raise BadInput(f"extractor is {extractor!r}, but must be inception or thumbnails.")
+    if extractor not in EXTRACTORS:
+        raise BadInput(f"extractor is {extractor!r}, but must be {' or '.join(EXTRACTORS)}.")
     try:
         import torch_fidelity
     except ImportError:
@@ -3321,9 +3340,9 @@ if LIVE:
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
-# | the generator's loss lies flat from the start, at 0.69 or, with another seed, at 0.77; *fake* never falls below −0.17 | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [17](#discriminator) |
+# | the generator's loss hardly moves from the start, about 0.69 or, with another seed, 0.76; *fake* never falls below −0.17 | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [17](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [3](#data) |
-# | the discriminator's loss near 0, the generator's climbing to 4; later, *held out* falls away from *real* | few images, neither DiffAugment nor bCR: learned by heart | [13](#diffaugment), [18](#losses) |
+# | the discriminator's loss falling to 0.1, the generator's climbing to 4; later, *held out* falls away from *real* | few images, neither DiffAugment nor bCR: learned by heart | [13](#diffaugment), [18](#losses) |
 
 
 # %%
@@ -3435,12 +3454,14 @@ def test_gelu_after_the_head_caps_the_loss():
 #
 # **What was decided by measurement.** FRD is a Fréchet distance like FID on the features of a CIFAR-10 classifier
 # (`benchmarks/frd.py` in the repository); lower is better. One thing changed at a time in a smaller `smoke` (96 × 2, 6
-# heads, a SIREN of depth 2), which is the first row; two seeds, 48,000 images of CIFAR-10, 2,000 samples:
+# heads, a SIREN of depth 2, a position embedding that starts with waves of a turn across the image), which is the first
+# row; two seeds, 48,000 images of CIFAR-10, 2,000 samples:
 #
 # | changed | FRD, seed 0 | seed 1 | precision | seed 1 | recall | seed 1 |
 # |---|---|---|---|---|---|---|
 # | nothing | 2,771 | 2,520 | 0.50 | 0.49 | 0.003 | 0.011 |
 # | **SIREN of depth 3** | **1,717** | **1,935** | 0.51 | 0.42 | 0.028 | 0.082 |
+# | **SIREN of depth 4** | **1,358** | **1,193** | 0.33 | 0.48 | 0.047 | 0.100 |
 # | SIREN twice as wide | 2,698 | 2,631 | 0.37 | 0.45 | 0.011 | 0.005 |
 # | ω₀ 3 in place of 1 | 2,768 | 3,436 | 0.36 | 0.36 | 0.017 | 0.015 |
 # | γ in place of 1 + γ | 2,727 | 2,931 | 0.37 | 0.43 | 0.004 | 0.010 |
@@ -3456,16 +3477,32 @@ def test_gelu_after_the_head_caps_the_loss():
 # | no mirrored images | 3,132 | 2,159 | 0.42 | 0.43 | 0.010 | 0.007 |
 # | position embedding of the discriminator begins as waves of amplitude 1 | 2,740 | 2,691 | 0.35 | 0.33 | 0.011 | 0.009 |
 #
-# A third run of the first row had 2,727, but some pairs differ by 900 and more: so most of these rows tell nothing. Two
-# do. With a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **another modulated layer
-# in the SIREN**, three in place of two with the one to RGB counted, is below all others, and its recall above nearly all:
-# so `smoke` has three.
+# A third run of the first row had 2,727, but some pairs differ by 900 and more: so most of these rows tell nothing.
+# Three do. With a learning rate of 0.002 it learns more slowly (0.008 may be better than 0.004). And **more modulated
+# layers in the SIREN**, three or four in place of two with the one to RGB counted, are below all others, and their
+# recall above nearly all: so `smoke` has four. With five it had 1,378, seed 0.
 #
-# γ or 1 + γ, flips, cutout, ω₀, the width of the SIREN, warm-up, the position embedding, bCR's weight, R1: no difference
-# beyond the seeds'. bCR does press the logits together: those of real and fake images end 1.1 apart at 0.3 / 0.3, 0.4 at
-# 1 / 1 and 0.05 at 10 / 10. But neither Adam nor Muon minds how long a gradient is, and so here the generator learns
-# from 0.05 as well. In the repository, `python benchmarks/forks.py NAME --seed 0` (or 1) trains a row, six minutes on one
-# CPU core, and `python benchmarks/frd.py runs/forks/*.npz --n 2000` measures.
+# γ or 1 + γ, flips, cutout, ω₀, the width of the SIREN, warm-up, the discriminator's position embedding, bCR's weight,
+# R1: no difference beyond the seeds'. bCR does press the logits together: those of real and fake images end 1.1 apart
+# at 0.3 / 0.3, 0.4 at 1 / 1 and 0.05 at 10 / 10. But neither Adam nor Muon minds how long a gradient is, and so here
+# the generator learns from 0.05 as well.
+#
+# Then the same with a SIREN of depth 4, FRD after 24,000 and 36,000 images:
+#
+# | waves of the position embedding; what else | seed 0: 24,000 | 36,000 | seed 1: 24,000 | 36,000 |
+# |---|---|---|---|---|
+# | a turn across the image | 2,255 | 1,716 | 2,198 | 1,562 |
+# | **half a turn** | **1,519** | **1,427** | **1,614** | **1,250** |
+# | a quarter of a turn | – | – | 1,702 | 1,522 |
+# | half a turn; SIREN of depth 3 | – | – | 2,445 | 1,705 |
+# | half a turn; learning rate 0.008 | – | – | 1,403 | 1,604 |
+# | a turn; Fourier features of the patch four times faster | – | – | 3,499 | 2,755 |
+# | a turn; Fourier features four times slower | – | – | 1,950 | 1,561 |
+# | a turn; demodulation | – | – | 2,873 | 3,400 |
+#
+# **Waves that start slower**, so that neighbouring patches start out more alike, are ahead in all four pairs, and the
+# position embedding has half a turn here. In the repository, `python benchmarks/forks.py NAME --seed 0` (or 1) trains a
+# row of either table, six minutes on one CPU core, and `python benchmarks/frd.py runs/forks/*.npz --n 2000` measures.
 #
 # Earlier, with Adam in place of Muon (96 × 2, 3 heads, bCR 1 / 1), FRD of 2,000 samples after 24,000 and 48,000 images,
 # one seed each, so these are hints:
@@ -3490,8 +3527,9 @@ def test_gelu_after_the_head_caps_the_loss():
 # `lesson` and `paper` keep the paper's learning rate and cutout, which guards against learning the images by heart, and
 # `paper` its batch.
 #
-# **Muon, a larger model, a deeper SIREN** go much further. `smoke` is 128 × 3, with 8 heads and a SIREN of depth 3, and
-# learns with Muon. Three seeds each; precision and recall are of 5,000 samples, FRD is of 10,000:
+# **Muon, a larger model, a deeper SIREN, slower waves** go much further. `smoke` is 128 × 3, with 8 heads, a SIREN of
+# depth 4 and a position embedding that starts with half a turn; in the runs above it in this table that is a turn. Three
+# seeds each; precision and recall are of 5,000 samples, FRD is of 10,000:
 #
 # ![FRD, precision and recall against images seen](attachment:curve.png)
 #
@@ -3503,15 +3541,20 @@ def test_gelu_after_the_head_caps_the_loss():
 # | 128 × 3, Muon, 2 | 0 | 3,026 | 3,098 | 2,173 | 1,147 | 0.55 | 0.11 |
 # | | 1 | 3,214 | 2,047 | 1,614 | 1,045 | 0.52 | 0.13 |
 # | | 2 | 2,643 | 2,222 | 1,340 | 939 | 0.50 | 0.13 |
-# | **128 × 3, Muon, 3** | 0 | 3,174 | 1,765 | 1,101 | 1,024 | 0.51 | 0.14 |
+# | 128 × 3, Muon, 3 | 0 | 3,174 | 1,765 | 1,101 | 1,024 | 0.51 | 0.14 |
 # | | 1 | 2,740 | 1,754 | 1,574 | 924 | 0.48 | 0.17 |
 # | | 2 | 3,134 | 1,431 | 1,033 | 907 | 0.46 | 0.22 |
+# | **128 × 3, Muon, 4, half a turn** | 0 | 1,497 | 1,478 | 1,116 | 873 | 0.48 | 0.24 |
+# | | 1 | 1,719 | 1,344 | 1,051 | 986 | 0.49 | 0.22 |
+# | | 2 | 1,424 | 1,337 | 941 | 885 | 0.47 | 0.27 |
 #
-# Samples come to look like photographs before they come to differ like them: precision is there early, recall late, and
-# it grew with the model, Muon and the SIREN's depth. No training image is copied: a sample is 1.3 times as far from
-# the nearest one as test images are (`nearest`, median). The larger model with Adam and a SIREN of depth 2, one seed,
-# was no better than the small one: 3,179, 3,190 and 3,679 at 25,000, 50,000 and 100,000 (2,000 samples). So it is Muon
-# that makes the size pay.
+# Samples come to look like photographs before they come to differ like them: precision is there early, recall late. The
+# deeper SIREN and the slower waves bring them there sooner: at 25,000 images FRD is half of what it was. At 200,000 the
+# last three models are no longer far apart in FRD, 1,044, 952 and 915 in the mean; their recall is 0.12, 0.18 and 0.24.
+# No training image is copied: a sample is 1.3 times as far from the nearest one as test images are (`nearest`, median).
+#
+# The larger model with Adam and a SIREN of depth 2, one seed, was no better than the small one: 3,179, 3,190 and 3,679
+# at 25,000, 50,000 and 100,000 (2,000 samples). So it is Muon that makes the size pay.
 #
 # Where it ends: 128 × 3 with a SIREN of depth 2, seed 2, trained on, had 838, 808 and 808 at 250,000, 300,000 and
 # 350,000, recall 0.20, 0.21 and 0.21. Not because the steps are too large: with a learning rate that fell to 0 from
@@ -3521,14 +3564,14 @@ def test_gelu_after_the_head_caps_the_loss():
 # FRD of 5,000 samples at 200,000 images was 989, 942, 935, 950, 1,052 and 1,293, one seed. `smoke` has 5 %.
 #
 # In the repository, `python benchmarks/curve.py --images 25000 50000 100000 200000` trains `smoke` (an hour on one CPU
-# core; with `--name siren-2 --siren-depth 2` the second model, with `--name adam --optimizer adam --siren-depth 2` the
-# larger model with Adam), `python benchmarks/frd.py runs/curve/*.npz > curve.jsonl` measures and `python
-# benchmarks/draw.py curve.jsonl curve.png` draws. 96 × 2 with Adam is what `smoke` was at first, with 3 heads.
+# core; `benchmarks/forks.py` with `adam`, `siren-depth-2` or `siren-depth-3` and `--profile smoke` trains the others of
+# that size), `python benchmarks/frd.py runs/curve/*.npz > curve.jsonl` measures and `python benchmarks/draw.py
+# curve.jsonl curve.png` draws. 96 × 2 with Adam is what `smoke` was at first, with 3 heads.
 #
-# **What each technique does for it.** The model of 96 × 2 with Adam, one technique taken out, 32,000 images of
-# CIFAR-10, two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py` trains them, three
-# minutes each on one CPU core, and draws their samples, and `python benchmarks/frd.py runs/ablations/*.npz` measures
-# them.
+# **What each technique does for it.** The model of 96 × 2 with Adam, a SIREN of depth 2 and a turn, one technique taken
+# out, 32,000 images of CIFAR-10, two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py`
+# trains them, three minutes each on one CPU core, and draws their samples, and `python benchmarks/frd.py
+# runs/ablations/*.npz` measures them.
 #
 # | run | what takes the technique's place | FRD, seed 0 | seed 1 |
 # |---|---|---|---|
@@ -3759,17 +3802,16 @@ def command_train(flags: argparse.Namespace):
     run = train(config, resume=flags.resume_from or not flags.no_resume)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if run.rank == 0 and not (run_folder(config) / f"checkpoint-{run.step:09d}.pt").exists():
+    if run.rank == 0 and not run.saved:
         raise BadInput("the last checkpoint could not be written, see above; make room and run the same command again.")
 
 
 def command_sample(flags: argparse.Namespace):
     """Images to a grid, an array or a folder."""
     generator, out = load_generator(flags.weights).to(best_device()), Path(flags.out)
+    batches = sample_batches(generator, flags.n, flags.seed, flags.truncation)  # wrong flags end it here
     if out.suffix == ".png":
-        save_picture(
-            sample(generator, flags.n, flags.seed, flags.truncation), out, columns=math.ceil(math.sqrt(flags.n))
-        )
+        save_picture(torch.cat(list(batches)), out, columns=math.ceil(math.sqrt(flags.n)))
     elif out.suffix == ".npz":
         size = generator.config.image_size
         header = {"descr": "|u1", "fortran_order": False, "shape": (flags.n, size, size, 3)}
@@ -3779,7 +3821,7 @@ def command_sample(flags: argparse.Namespace):
             archive.open("images.npy", "w", force_zip64=True) as file,
         ):
             np.lib.format.write_array_header_1_0(file, header)
-            for images in sample_batches(generator, flags.n, flags.seed, flags.truncation):
+            for images in batches:
                 file.write(images.permute(0, 2, 3, 1).numpy().tobytes())
     elif out.suffix:
         raise BadInput(f"out is {flags.out!r}, but must end in .npz or .png, or be a folder.")
@@ -3787,7 +3829,7 @@ def command_sample(flags: argparse.Namespace):
         from PIL import Image
 
         number = 0
-        for images in sample_batches(generator, flags.n, flags.seed, flags.truncation):
+        for images in batches:
             out.mkdir(parents=True, exist_ok=True)
             for image in images:
                 with written_whole(out / f"{number:06d}.png") as partial:
@@ -3809,10 +3851,12 @@ def command_export(flags: argparse.Namespace):
 def command_evaluate(flags: argparse.Namespace):
     """One line of JSON."""
     generator = load_generator(flags.weights).to(best_device())
-    given = {"dataset": flags.dataset, "data_root": flags.data_root}
+    given = {"data_root": flags.data_root}
+    if flags.dataset:  # other data is not where the training images were
+        given = {"dataset": flags.dataset, "data_root": flags.data_root or ""}
     config = replace(generator.config, **{name: value for name, value in given.items() if value is not None})
-    numbers = evaluate(sample(generator, flags.n, flags.seed), load_images(config)[0], flags.extractor)
-    print(json.dumps(numbers))
+    real = load_images(config)[0]  # before the samples, which take longer
+    print(json.dumps(evaluate(sample(generator, flags.n, flags.seed), real, flags.extractor)))
 
 
 # %%
@@ -3951,7 +3995,7 @@ def main(argv: list[str]) -> int:
     sub = command("evaluate", command_evaluate, "FID, KID, IS, precision and recall of a trained generator")
     sub.add_argument("--weights", required=True, help="a .safetensors file, a checkpoint or a run's folder")
     sub.add_argument("--n", type=int, default=50_000, help="how many samples")
-    sub.add_argument("--extractor", default="inception", help="inception, or thumbnails, which needs no download")
+    sub.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="thumbnails needs no download")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--dataset", help="compare with this data instead of what the generator was trained on")
     sub.add_argument("--data-root", help="where that data is")
@@ -3966,6 +4010,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if not no_memory(error):
+            raise
+        print("error: the memory is used up; take a smaller batch_size, dim or depth.", file=sys.stderr)
+        return 2
     except OSError as error:  # a folder that cannot be written to, a full disk
         print(
             f"error: {error.filename or 'writing'}: {error.strerror or error}; choose another place.", file=sys.stderr

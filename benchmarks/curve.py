@@ -2,9 +2,9 @@
 
     python benchmarks/curve.py --images 25000 50000 100000 200000 [--name NAME] [--n 10000] [--profile smoke] [--seed 0 …]
 
-The further flags are those of `python vitgan_nb.py train`; whatever they change deserves a NAME (else the profile's).
-Leaves OUT/NAME-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of JSON for each.
-Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
+The further flags are the settings that `python vitgan_nb.py train` has; whatever they change deserves a NAME (else the
+profile's). Leaves OUT/NAME-SEED-IMAGES.npz, N samples of the average as uint8 (N, 32, 32, 3), and prints one line of JSON
+for each. Interrupted, it goes on where it stopped: training from its checkpoint, and samples that are there stay.
 """
 
 import argparse
@@ -33,6 +33,8 @@ def main():
         config, name = v.config_from_flags(flags), flags.name or flags.profile
     except v.BadInput as error:
         parser.error(str(error))
+    if min(flags.images) < config.batch_size:
+        parser.error(f"--images must be {config.batch_size}, which is one batch, or more")
     run = True  # the first time from its checkpoint, if there is one
     for images in flags.images:
         path = Path(config.out_dir) / f"{name}-{config.seed}-{images:09d}.npz"
@@ -49,4 +51,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except v.BadInput as error:
+        sys.exit(f"error: {error}")

@@ -2,9 +2,10 @@
 
     python benchmarks/forks.py NAME [--profile small] [--images 24000 36000 48000] [--seed 0] [--out runs/forks]
 
-`small` is `smoke` at 96 x 2, with 6 heads and a SIREN of depth 2. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples
-as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON at each number of images. What is there
-already is not trained again.
+`small` is `smoke` at 96 x 2, with 6 heads and a SIREN of depth 2, and its position embedding starts with waves of a turn
+across the image, where no other is named. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8
+(N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON at each number of images. What is there already is not
+trained again.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vitgan_nb as v
-from benchmarks.ablations import save, train_changed
+from benchmarks.ablations import positions_from, save, train_changed
 
 
 class ScaledByGamma(v.SelfModulatedLayerNorm):
@@ -36,6 +37,18 @@ class WavesDiscriminator(v.Discriminator):
         super().__init__(config)
         with torch.no_grad():
             self.position[1:] = v.waves(config.dim, torch.pi)(v.patch_centres(config.grid)).sin()
+
+
+def fourier_features_from(scale: float) -> type[v.FourierFeatures]:
+    """Fourier features whose waves start `scale` times as fast."""
+
+    class Features(v.FourierFeatures):
+        def __init__(self, out_features: int):
+            super().__init__(out_features)
+            with torch.no_grad():
+                self.wave.weight.mul_(scale)
+
+    return Features
 
 
 class WarmedUpTraining(v.Training):
@@ -68,13 +81,22 @@ class PenalisedWarmedUpTraining(PenalisedTraining, WarmedUpTraining):
 SMALL = replace(v.PROFILES["smoke"], dim=96, depth=2, heads=6, siren_dim=96, siren_depth=2)
 FORKS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
     "as-it-is": ({}, {}),
-    "adam": ({}, {"optimizer": "adam"}),
+    "adam": ({}, {"optimizer": "adam", "siren_depth": 2}),
     "muon": ({}, {"optimizer": "muon"}),
     "gamma": ({"SelfModulatedLayerNorm": ScaledByGamma}, {}),
     "no-flips": ({"real_batch": lambda images, indices: v.to_float(images[indices])}, {}),
     "omega-3": ({}, {"omega_0": 3.0}),
     "siren-depth-2": ({}, {"siren_depth": 2}),
     "siren-depth-3": ({}, {"siren_depth": 3}),
+    "siren-depth-4": ({}, {"siren_depth": 4}),
+    "siren-depth-5": ({}, {"siren_depth": 5}),
+    "half-a-turn": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 4}),
+    "a-quarter-turn": ({"Generator": positions_from(1 / 4)}, {"siren_depth": 4}),
+    "half-a-turn-depth-3": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 3}),
+    "half-a-turn-rate-0.008": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 4, "learning_rate": 0.008}),
+    "fast-fourier": ({"FourierFeatures": fourier_features_from(4)}, {"siren_depth": 4}),
+    "slow-fourier": ({"FourierFeatures": fourier_features_from(1 / 4)}, {"siren_depth": 4}),
+    "demodulate": ({}, {"siren_depth": 4, "demodulate": True}),
     "siren-width-192": ({}, {"siren_dim": 192}),
     "bcr-1": ({}, {"bcr_real": 1.0, "bcr_fake": 1.0}),
     "bcr-10": ({}, {"bcr_real": 10.0, "bcr_fake": 10.0}),
@@ -105,6 +127,7 @@ def main():
     if all(path.exists() for path in paths):
         return
     changed, fields = FORKS[flags.name]
+    changed = {"Generator": positions_from(1)} | changed
     config = replace((v.PROFILES | {"small": SMALL})[flags.profile], dataset="cifar10", seed=flags.seed, **fields)
     for path, (line, samples) in zip(paths, train_changed(config, changed, flags.images), strict=True):
         save(samples, path)

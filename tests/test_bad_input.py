@@ -280,6 +280,7 @@ def test_empty_folder(tmp_path):
         ("--weights damaged.pt", "is damaged or not a checkpoint"),
         ("--weights .", "holds no checkpoint"),
         ("--n -3", "n is -3"),
+        ("--n 0 --out new/samples.npz", "n is 0"),
         ("--n many", "invalid int value: 'many'"),
         ("--truncation -0.1", "truncation is -0.1"),
         ("--truncation nan", "truncation is nan"),
@@ -301,6 +302,28 @@ def test_wrong_sample_arguments(arguments, sentence, finished_run, tmp_path, mon
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_other_data_is_not_looked_for_where_the_training_images_were(tmp_path, monkeypatch):
+    config = Config(**vitgan_nb.TINY.__dict__ | {"dataset": "folder", "data_root": "pictures"})
+    vitgan_nb.save_generator(vitgan_nb.Generator(config), tmp_path / "generator.safetensors")
+    asked = []
+
+    def load_images(config):
+        asked.append((config.dataset, config.data_root))
+        raise BadInput("no images.")
+
+    monkeypatch.setattr(vitgan_nb, "load_images", load_images)
+    for more in ([], ["--dataset", "shapes"], ["--data-root", "more"], ["--dataset", "folder", "--data-root", "more"]):
+        assert vitgan_nb.main(["evaluate", "--weights", str(tmp_path / "generator.safetensors"), *more]) == 2
+    assert asked == [("folder", "pictures"), ("shapes", ""), ("folder", "more"), ("folder", "more")]
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(vitgan_nb, "best_device", lambda: torch.device("cuda", 2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BadInput, match="--nproc-per-node=2"):
+        vitgan_nb.Training(vitgan_nb.TINY)
 
 
 def test_run_of_another_configuration_is_not_continued(finished_run, tmp_path, monkeypatch, capsys):

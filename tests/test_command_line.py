@@ -55,6 +55,13 @@ def test_goes_on_and_equals_an_unbroken_run(finished_run, tmp_path):
     assert "Nothing to do" in again.stdout
 
 
+def test_a_run_that_is_done_elsewhere_is_no_error(finished_run, tmp_path, capsys):
+    checkpoint = str(only(finished_run[0], "runs/*/checkpoint-000000024.pt"))
+    done = ["train", *TINY, "--steps", "24", "--out-dir", str(tmp_path), "--resume-from", checkpoint]
+    assert vitgan_nb.main(done) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     for steps in (2, 4):
         assert run_script("train", *TINY, "--steps", steps, cwd=tmp_path).returncode == 0

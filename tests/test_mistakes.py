@@ -118,6 +118,16 @@ MISTAKES = [
         [("return images.float() / 127.5 - 1", "return images.float() / 255")],
     ),
     (
+        "one change of colour for the whole batch",
+        "test_diff_augment",
+        [("torch.rand(3, len(x), 1, 1, 1, device", "torch.rand(3, 1, 1, 1, 1, device")],
+    ),
+    (
+        "the bias learns at full pace",
+        "test_equalized_linear_keeps_size_and_pace",
+        [("self.bias_gain = lr_multiplier", "self.bias_gain = 1.0")],
+    ),
+    (
         "optimizer state not saved",
         "test_resumed_run_equals_unbroken_run",
         [("    for part in run.parts:\n", "    for part in run.parts[:3]:\n")],

@@ -481,6 +481,9 @@ def test_out_of_memory_says_what_to_change(tmp_path, error, monkeypatch, capsys)
     assert vitgan_nb.main(["train", *TINY]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "used up with batch_size 4; take 2" in told
+    assert vitgan_nb.main(["benchmark", *TINY]) == 2
+    told = capsys.readouterr().err
+    assert "the memory is used up" in told and told.count("\n") == 1
 
 
 def test_a_second_interrupt_is_raised_at_once():
