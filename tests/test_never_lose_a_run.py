@@ -68,7 +68,7 @@ def train_saving_all_the_time(arguments, folder):
 def kill_until(kills, tmp_path):
     """Start, SIGKILL at a random moment, look at what is there, go on; every run must end as the unbroken one did."""
     arguments = [*TINY, "--steps", "10"]
-    server = multiprocessing.get_context("forkserver")  # a server that has loaded what takes long: a start takes a moment
+    server = multiprocessing.get_context("forkserver")  # with PyTorch loaded: a start takes a moment
     server.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot"])
 
     def start(folder):
