@@ -2206,7 +2206,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds, self.history = 0, 0.0, []
         self.whole = True  # no step is half done
-        self.saved = True  # the last checkpoint holds all that was trained
+        self.saved = True  # what `train` came to in the end could be written
         self.notes = []  # what else belongs in the log: scores, and where the run was taken back
         self.sums = torch.zeros(len(STATISTICS) + 1, device=self.device)  # statistics and how many steps they are of
         self.fixed_z = torch.randn(64, config.latent_dim)  # the samples shown all along
@@ -3528,7 +3528,7 @@ def test_gelu_after_the_head_caps_the_loss():
 # `paper` its batch.
 #
 # **Muon, a larger model, a deeper SIREN, slower waves** go much further. `smoke` is 128 × 3, with 8 heads, a SIREN of
-# depth 4 and a position embedding that starts with half a turn; in the runs above it in this table that is a turn. Three
+# depth 4 and a position embedding that starts with half a turn; in the table's other rows it starts with a turn. Three
 # seeds each; precision and recall are of 5,000 samples, FRD is of 10,000:
 #
 # ![FRD, precision and recall against images seen](attachment:curve.png)
@@ -3565,8 +3565,8 @@ def test_gelu_after_the_head_caps_the_loss():
 #
 # In the repository, `python benchmarks/curve.py --images 25000 50000 100000 200000` trains `smoke` (an hour on one CPU
 # core; `benchmarks/forks.py` with `adam`, `siren-depth-2` or `siren-depth-3` and `--profile smoke` trains the others of
-# that size), `python benchmarks/frd.py runs/curve/*.npz > curve.jsonl` measures and `python benchmarks/draw.py
-# curve.jsonl curve.png` draws. 96 × 2 with Adam is what `smoke` was at first, with 3 heads.
+# that size and leaves 2,000 samples), `python benchmarks/frd.py runs/curve/*.npz > curve.jsonl` measures and `python
+# benchmarks/draw.py curve.jsonl curve.png` draws. 96 × 2 with Adam is what `smoke` was at first, with 3 heads.
 #
 # **What each technique does for it.** The model of 96 × 2 with Adam, a SIREN of depth 2 and a turn, one technique taken
 # out, 32,000 images of CIFAR-10, two seeds; FRD of 2,000 samples. In the repository, `python benchmarks/ablations.py`
@@ -3851,10 +3851,11 @@ def command_export(flags: argparse.Namespace):
 def command_evaluate(flags: argparse.Namespace):
     """One line of JSON."""
     generator = load_generator(flags.weights).to(best_device())
-    given = {"data_root": flags.data_root}
-    if flags.dataset:  # other data is not where the training images were
-        given = {"dataset": flags.dataset, "data_root": flags.data_root or ""}
-    config = replace(generator.config, **{name: value for name, value in given.items() if value is not None})
+    config = generator.config
+    if flags.dataset not in (None, config.dataset):  # other data is not where the training images were
+        config = replace(config, dataset=flags.dataset, data_root=flags.data_root or "")
+    elif flags.data_root is not None:
+        config = replace(config, data_root=flags.data_root)
     real = load_images(config)[0]  # before the samples, which take longer
     print(json.dumps(evaluate(sample(generator, flags.n, flags.seed), real, flags.extractor)))
 
@@ -4013,7 +4014,9 @@ def main(argv: list[str]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not no_memory(error):
             raise
-        print("error: the memory is used up; take a smaller batch_size, dim or depth.", file=sys.stderr)
+        print(
+            "error: the memory is used up; take a smaller batch_size, dim or depth, or fewer images.", file=sys.stderr
+        )
         return 2
     except OSError as error:  # a folder that cannot be written to, a full disk
         print(

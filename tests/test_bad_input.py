@@ -305,7 +305,7 @@ def test_wrong_sample_arguments(arguments, sentence, finished_run, tmp_path, mon
 
 
 def test_other_data_is_not_looked_for_where_the_training_images_were(tmp_path, monkeypatch):
-    config = Config(**vitgan_nb.TINY.__dict__ | {"dataset": "folder", "data_root": "pictures"})
+    config = Config(image_size=32, dim=16, depth=1, heads=2, siren_dim=8, dataset="folder", data_root="pictures")
     vitgan_nb.save_generator(vitgan_nb.Generator(config), tmp_path / "generator.safetensors")
     asked = []
 
@@ -314,9 +314,10 @@ def test_other_data_is_not_looked_for_where_the_training_images_were(tmp_path, m
         raise BadInput("no images.")
 
     monkeypatch.setattr(vitgan_nb, "load_images", load_images)
-    for more in ([], ["--dataset", "shapes"], ["--data-root", "more"], ["--dataset", "folder", "--data-root", "more"]):
-        assert vitgan_nb.main(["evaluate", "--weights", str(tmp_path / "generator.safetensors"), *more]) == 2
-    assert asked == [("folder", "pictures"), ("shapes", ""), ("folder", "more"), ("folder", "more")]
+    for more in ("", "--dataset folder", "--dataset shapes", "--data-root more", "--dataset cifar10 --data-root more"):
+        assert vitgan_nb.main(["evaluate", "--weights", str(tmp_path / "generator.safetensors"), *more.split()]) == 2
+    folder = ("folder", "pictures")
+    assert asked == [folder, folder, ("shapes", ""), ("folder", "more"), ("cifar10", "more")]
 
 
 def test_more_processes_than_gpus(monkeypatch):
