@@ -70,11 +70,11 @@ def as_textbook(network: nn.Module) -> nn.Module:
     return network
 
 
-class TextbookTraining(fast.Training):
-    """A run whose step is the textbook's: a pass for each of four batches, float32, plain loops over the weights."""
+class TextbookTraining(fast.Run):
+    """A run whose step is the notebook's plain one: four passes, float32, textbook parts, loops over the weights."""
 
     def __init__(self, config: fast.Config):
-        super().__init__(replace(config, precision="float32"))
+        super().__init__(config, *fast.load_images(config), fast.best_device())
         as_textbook(self.generator)
         as_textbook(self.discriminator)
         self.optimizer_g, self.optimizer_d = (
@@ -82,30 +82,8 @@ class TextbookTraining(fast.Training):
             for n in (self.generator, self.discriminator)
         )
 
-    def discriminator_step(self) -> list[Tensor]:
-        config, d = self.config, self.discriminator
-        indices = fast.batch_indices(len(self.images), config.batch_size, self.step, config.seed)
-        real = fast.real_batch(self.images, indices)
-        fake = self.generator(self.latents(len(real))).detach()
-        real_augmented, fake_augmented = (d(fast.diff_augment(images, config.augment)) for images in (real, fake))
-        loss = fast.discriminator_loss(real_augmented, fake_augmented)
-        consistency = fast.balanced_consistency(d(real), real_augmented, config.bcr_real)
-        consistency = consistency + fast.balanced_consistency(d(fake), fake_augmented, config.bcr_fake)
-        self.optimizer_d.zero_grad()
-        (loss + consistency).backward()
-        self.optimizer_d.step()
-        return [loss.detach(), consistency.detach()]
-
-    def generator_step(self) -> list[Tensor]:
-        config = self.config
-        fake = self.generator(self.latents(config.batch_size))
-        loss = fast.generator_loss(self.discriminator(fast.diff_augment(fake, config.augment)))
-        self.optimizer_g.zero_grad()
-        loss.backward()
-        self.optimizer_g.step()
-        decay = 0.5 ** (config.batch_size / min(config.ema_half_life, 0.05 * (self.step + 1) * config.batch_size))
-        textbook_average(self.average.module, self.generator, decay)
-        return [loss.detach()]
+    def train_step(self):
+        fast.plain_step(self)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib
 import pytest
 
 matplotlib.use("agg")
+os.environ.setdefault("VITGAN_MINUTES", "0.5")  # so long the notebook trains under nbval
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with interrupts ignored
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "vitgan_nb.py"
@@ -26,6 +28,14 @@ def run_script(*arguments, cwd, launcher=(sys.executable,), **environment):
         [*launcher, str(SCRIPT), *map(str, arguments)],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+
+
+def wait_for(condition, seconds=60):
+    """Until `condition()` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.1)
 
 
 def module_from(source: str) -> types.ModuleType:

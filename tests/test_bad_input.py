@@ -1,9 +1,17 @@
 """Wrong input: one sentence that names the value, exit status 2, no traceback, nothing left behind."""
 
+import hashlib
+import http.server
+import pickle
+import shutil
 import struct
+import threading
+import time
 import zlib
 from dataclasses import fields, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, run_script
@@ -137,35 +145,80 @@ def test_cifar10_without_data_and_network(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_half_a_download_is_cleared_away_and_nothing_else(tmp_path, monkeypatch):
-    import torchvision.datasets
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A host on the loopback that serves a small archive as CIFAR-10's; `ways` says how, for each of the two addresses."""
+    from torchvision.datasets import CIFAR10
 
-    def full(root, train, download):
-        if not download:
-            raise RuntimeError("not found")
-        (root / "cifar-10-batches-py").mkdir(parents=True)
-        (root / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"the first bytes")
-        (tmp_path / "mine.txt").touch()  # what comes while it downloads stays too
-        raise OSError("No space left on device")
+    files = tmp_path / "made" / CIFAR10.base_folder
+    files.mkdir(parents=True)
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", full)
+    def put(name, content):
+        (files / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((files / name).read_bytes()).hexdigest()]
+
+    image = {"data": np.arange(3 * 32 * 32, dtype=np.uint8)[None], "labels": [0]}
+    monkeypatch.setattr(CIFAR10, "train_list", [put("data_batch_1", image)])
+    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", image)])
+    name, md5 = put("batches.meta", {"label_names": ["noise"]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    archive = Path(shutil.make_archive(tmp_path / "made" / "archive", "gztar", tmp_path / "made", CIFAR10.base_folder))
+    whole, ways, asked = archive.read_bytes(), {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            way = ways[self.path.split("/")[1]]
+            head = self.command == "HEAD" or self.headers.get("Method") == "HEAD"  # torchvision looks for redirections
+            if not head:
+                asked.append(way)
+            self.send_response(404 if way == "gone" else 200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            if head or way == "gone":
+                return
+            half = len(whole) // 2
+            self.wfile.write(b"x" * half if way == "wrong" else whole[:half])
+            if way == "stops":
+                time.sleep(1.5)
+            elif way != "cut":
+                time.sleep(0.2 * (way == "slow"))
+                self.wfile.write(whole[half:])
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(whole).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/own/cifar-10-python.tar.gz")
+    monkeypatch.setattr(vitgan_nb, "CIFAR10_MIRROR", CIFAR10.url.replace("/own/", "/mirror/"))
+    monkeypatch.setattr(vitgan_nb, "PATIENCE", 0.5)
+    yield ways, asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize("mirror", ["sound", "slow", "wrong", "gone", "cut", "stops"])
+def test_cifar10_comes_from_the_mirror_or_else_from_its_own_host(mirror, host, tmp_path, capsys):
+    ways, asked = host
+    ways |= {"mirror": mirror, "own": "sound"}
+    train, test = read_cifar10(tmp_path / "data")
+    expected = {"sound": ["sound"], "slow": ["slow"], "gone": ["sound"]}  # what is gone is not asked for the file
+    assert asked == expected.get(mirror, [mirror, "sound"])
+    assert train.shape == test.shape == (1, 3, 32, 32) and train.flatten()[:3].tolist() == [0, 1, 2]
+    assert "100%" in capsys.readouterr().err  # how far it is
+
+
+def test_half_a_download_is_cleared_away_and_nothing_else(host, tmp_path):
+    host[0].update(mirror="wrong", own="cut")
     (tmp_path / "mine.tar.gz").touch()
+    before = {path.name for path in tmp_path.iterdir()}
     for root in (tmp_path, tmp_path / "new"):
-        with pytest.raises(BadInput, match="could not be downloaded .No space left on device"):
+        with pytest.raises(BadInput, match="could not be downloaded"):
             read_cifar10(root)
-        assert {path.name for path in tmp_path.iterdir()} == {"mine.tar.gz", "mine.txt"}
-
-
-def test_a_folder_gone_in_the_meantime_hides_no_message(tmp_path, monkeypatch):
-    import torchvision.datasets
-
-    def no_network(root, train, download):
-        raise RuntimeError("no network" if download else "not found")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
-    with pytest.raises(BadInput, match="no network"):
-        read_cifar10(tmp_path / "new")
-    assert not list(tmp_path.iterdir())
+        assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_inception_that_cannot_be_fetched_or_read(tmp_path, monkeypatch):
@@ -188,7 +241,9 @@ def test_inception_that_cannot_be_fetched_or_read(tmp_path, monkeypatch):
 def test_too_few_images_to_measure():
     images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(BadInput, match="3 images are too few"):
-        evaluate(images, images, "thumbnails")
+        evaluate(images, images)
+    with pytest.raises(BadInput, match="3 images are too few"):
+        vitgan_nb.kid_of_thumbnails(images, images)
 
 
 def test_folder_of_odd_images_is_read(tmp_path, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.flop_counter
-from conftest import SCRIPT, TINY, run_script
+from conftest import SCRIPT, TINY, run_script, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,7 +29,6 @@ def test_a_run_prints_its_plan_and_leaves_its_results(finished_run):
     folder, process = finished_run
     lines = process.stdout.splitlines()
     assert lines[1].startswith("Plan: shapes, 10,000 images")
-    assert any(line.startswith("Estimate: ") for line in lines[2:5])
     run = only(folder, "runs/*")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert log[0]["step"] == 20 and set(log[0]) >= {"loss_d", "loss_g", "real", "fake", "held_out", "images"}
@@ -77,10 +76,8 @@ def test_interrupt_saves_what_there_is(how, tmp_path):
         [sys.executable, "-u", SCRIPT, "train", *TINY], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True,
     )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("Estimate"):
-            break
-    time.sleep(0.5)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint-*.pt")))
+    time.sleep(2)
     process.send_signal(how)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Interrupted at step" in rest
@@ -107,14 +104,14 @@ def test_sample_and_evaluate(finished_run, tmp_path, capsys):
     half = vitgan_nb.sample(vitgan_nb.load_generator(tmp_path / "half.safetensors"), 7).permute(0, 2, 3, 1).numpy()
     assert np.abs(half.astype(int) - a).mean() < 3 and (half != a).any()
     assert (tmp_path / "half.safetensors").stat().st_size < 0.7 * Path(weights).stat().st_size
-    assert numbers["samples"] == 100 and numbers["real"] == 10_000 and numbers["kid"] > 0
+    assert numbers["samples"] == 100 and numbers["real"] == 10_000 and numbers["kid"] > 3 * numbers["error"] > 0
 
 
 def test_benchmark_ends_in_one_json_line(capsys):
     assert vitgan_nb.main(["benchmark", *TINY, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["train_images_per_s"] > 0 and result["sample_images_per_s"] > 0 and 0 < result["matrix_share"] < 1
-    assert sum(result["parts_s"].values()) > 0 and result["peak_bytes"] > 10**6
+    assert result["peak_bytes"] > 10**6
     whole = vitgan_nb.Config(dataset="shapes")  # the paper's size
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         vitgan_nb.Training(replace(whole, batch_size=2)).train_step()
@@ -134,39 +131,6 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         vitgan_nb.main([command, "--help"])
     assert stop.value.code == 0 and "--" in capsys.readouterr().out
-
-
-def test_samples_stream_to_disk(finished_run, tmp_path):
-    """Twenty times the samples take no more memory; the arrays on disk are those of `sample`, bit for bit."""
-    weights = only(finished_run[0], "runs/*/generator.safetensors")
-    measure = "import resource, sys, vitgan_nb; vitgan_nb.main(sys.argv[1:]); print(resource.getrusage(0).ru_maxrss)"
-    peaks = []
-    for n in (2_000, 40_000):  # 40,000 images of 16 × 16 are 31 MB
-        arguments = ["sample", "--weights", weights, "--n", n, "--out", tmp_path / f"{n}.npz"]
-        process = subprocess.run(
-            [sys.executable, "-c", measure, *map(str, arguments)], cwd=SCRIPT.parent, capture_output=True, text=True
-        )
-        peaks.append(int(process.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 15, peaks
-    images = np.load(tmp_path / "2000.npz")["images"]
-    assert images.shape == (2_000, 16, 16, 3) and images.dtype == np.uint8
-    expected = vitgan_nb.sample(vitgan_nb.load_generator(weights), 2_000).permute(0, 2, 3, 1).numpy()
-    assert np.array_equal(images, expected) and np.array_equal(
-        np.load(tmp_path / "40000.npz")["images"][:2_000], images
-    )
-
-
-def test_checks_run_on_the_cpu_and_nothing_else_does(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    seen = []
-
-    def fails():
-        seen.append(vitgan_nb.best_device().type)
-        raise AssertionError
-
-    with pytest.raises(AssertionError):
-        vitgan_nb.check(fails)()
-    assert seen == ["cpu"] and vitgan_nb.best_device().type == "cuda"
 
 
 class FailsBackwards(torch.autograd.Function):
@@ -203,6 +167,54 @@ def test_training_goes_on_where_compiling_fails(backwards, monkeypatch, capsys):
         assert torch.equal(run.sums, plain.sums)
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and all("not compiled (no compiler here)" in line for line in warnings)
+
+
+def test_what_is_not_compiled_is_told_at_the_end_and_in_the_log(tmp_path, monkeypatch, capsys):
+    def broken(function, **_):
+        def fail(*_):
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    config = replace(vitgan_nb.TINY, compile=True, out_dir=str(tmp_path))
+    vitgan_nb.train(config)
+    assert "; not compiled, see the log." in capsys.readouterr().out.splitlines()[-1]
+    log = [json.loads(line) for line in only(tmp_path, "*/log.jsonl").read_text().splitlines()]
+    told = [(note["not_compiled"], note["reason"]) for note in log if "not_compiled" in note]
+    assert told == [(f"{name}_objective", "no compiler here") for name in ("discriminator", "generator")]
+
+
+def test_compiling_takes_nothing_off_the_minutes(tmp_path, monkeypatch, capsys):
+    """A clock that only compiling moves on: by an hour for each objective."""
+    clock = {"now": 0.0}
+
+    def compiler(function, **_):
+        compiled = []
+
+        def call(*inputs):
+            if not compiled:
+                compiled.append(True)
+                clock["now"] += 3600
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(vitgan_nb.time, "monotonic", lambda: clock["now"])
+    run = vitgan_nb.train(replace(vitgan_nb.TINY, compile=True, minutes=5.0, steps=7, out_dir=str(tmp_path)))
+    assert run.step == 7 and run.seconds == 0
+    assert "Compiling took 2.0 h, which do not count." in capsys.readouterr().out
+
+
+def test_a_demo_without_memory_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(vitgan_nb, "LIVE", True)
+
+    @vitgan_nb.demo
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert capsys.readouterr().out.startswith("too_large: the GPU's memory is used up")
 
 
 @pytest.mark.slow
@@ -269,12 +281,6 @@ def test_all_five_numbers_and_statistics_of_the_real_images_computed_once(monkey
     assert vitgan_nb.evaluate(samples, real) == first
     vitgan_nb.evaluate(samples, real[:200])
     assert StandIn.passes == 2 * 400 + 2 * 2 * 100 + 2 * 300  # other real images, other statistics
-
-
-def test_thumbnails_need_no_folder_for_a_cache(monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", "/proc/nowhere")
-    real, samples = vitgan_nb.draw_shapes(300, 16, seed=1), vitgan_nb.draw_shapes(100, 16, seed=2)
-    assert vitgan_nb.evaluate(samples, real, "thumbnails")["kid"] < 0.05
 
 
 def test_frd_tells_noise_from_images(tmp_path, monkeypatch):

@@ -71,11 +71,10 @@ MISTAKES = [
     (
         "the first sigma from one power step off a random vector",
         "test_improved_spectral_norm_starts_exact",
-        [('self.register_buffer("sigma_init", sigma[0].clone())',
-          'self.register_buffer("sigma_init", sigma[0].clone())\n'
+        [("        self.power_step(weight.detach())  #",
           "        self.u.copy_(F.normalize(torch.randn_like(self.u), dim=0))\n"
           "        self.power_step(weight.detach())\n"
-          "        self.sigma_init.copy_(self.u @ weight.detach() @ self.v)")],
+          "        self.sigma_init.copy_(self.u @ weight.detach() @ self.v)  #")],
     ),
     (
         "the vectors kept outside state_dict",
@@ -87,9 +86,8 @@ MISTAKES = [
     (
         "weights wrapped again as new parameters",
         "test_improved_spectral_norm_holds_while_the_optimizer_works",
-        [("            parametrize.register_parametrization(layer",
-          "            layer.weight = nn.Parameter(layer.weight.detach().clone())\n"
-          "            parametrize.register_parametrization(layer")],
+        [("            layer.normalise = Imp",
+          "            layer.weight = nn.Parameter(layer.weight.detach().clone())\n            layer.normalise = Imp")],
     ),
     (
         "a GELU after the last layer",
@@ -103,7 +101,12 @@ MISTAKES = [
     ),
     (
         "the fake batch not detached",
-        "test_each_step_trains_its_own_network",
+        "test_each_half_of_a_step_trains_its_own_network",
+        [("fake = g(run.latents(batch)).detach()", "fake = g(run.latents(batch))")],
+    ),
+    (
+        "the fake batch of the fast step not detached",
+        "test_fast_step_is_the_plain_step",
         [("        with torch.no_grad(), self.autocast():\n            fake = self.generator(",
           "        with self.autocast():\n            fake = self.generator(")],
     ),
@@ -140,7 +143,7 @@ MISTAKES = [
     (
         "Muon's step not scaled to the size of the matrix",
         "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
-        [("size = group[\"lr\"] * math.sqrt(max(shape))", "size = group[\"lr\"]")],
+        [('size = self.param_groups[0]["lr"] * math.sqrt(max(shape))', 'size = self.param_groups[0]["lr"]')],
     ),
     (
         "Muon with one round in place of five",
@@ -160,8 +163,39 @@ MISTAKES = [
     ),
     (
         "real images always better than noise, by a metric that looks at one side only",
-        "test_evaluate_ranks_real_above_noise",
-        [("input1=dataset(samples)", "input1=dataset(real)")],
+        "test_kid_is_its_formula_and_ranks",
+        [("a, b, lot = thumbnails(samples), thumbnails(real)", "a, b, lot = thumbnails(real), thumbnails(real)")],
+    ),
+    (
+        "exercise: no √2 in the mapping network",
+        "test_mapping_network",
+        [("w = math.sqrt(2) * F.leaky_relu(", "w = F.leaky_relu(")],
+    ),
+    (
+        "exercise: Fourier features 64 times slower",
+        "test_fourier_features_tell_pixels_apart",
+        [("waves(out_features, math.pi / 8)", "waves(out_features, math.pi / 512)")],
+    ),
+    (
+        "exercise: one style for the whole batch",
+        "test_sln_is_layer_norm_modulated_by_the_style",
+        [("self.gamma_beta(w)[:, None]", "self.gamma_beta(w.mean(0, keepdim=True))[:, None]")],
+    ),
+    (
+        "exercise: the axes of rows exchanged",
+        "test_patches_to_image_undoes_cutting",
+        [("x.permute(0, 5, 1, 3, 2, 4)", "x.permute(0, 5, 3, 1, 2, 4)")],
+    ),
+    (
+        "exercise: patches that do not touch",
+        "test_overlapping_patches",
+        [("kernel_size=2 * p, stride=p, padding=p // 2", "kernel_size=p, stride=p"),
+         ("EqualizedLinear(3 * (2 * patch_size) ** 2, dim)", "EqualizedLinear(3 * patch_size**2, dim)")],
+    ),
+    (
+        "exercise: plain spectral normalisation",
+        "test_improved_spectral_norm_starts_exact",
+        [("return self.sigma_init / sigma * weight", "return weight / sigma")],
     ),
 ]  # fmt: skip
 
