@@ -118,14 +118,6 @@ def test_benchmark_ends_in_one_json_line(capsys):
     assert 15 < counter.get_total_flops() / 2 / 1e9 < 20  # GFLOP a training image
 
 
-def test_two_processes_train_one_model(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    process = run_script("train", *TINY, "--steps", 22, cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("Plan:") == 1
-    assert only(tmp_path, "runs/*/checkpoint-000000022.pt")
-
-
 @pytest.mark.parametrize("command", ["train", "sample", "export", "evaluate", "benchmark"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -26,7 +26,22 @@ def test_every_cell_was_executed_without_error():
 def test_asks_colab_for_a_gpu_and_renders_on_github():
     assert NOTEBOOK["metadata"]["accelerator"] == "GPU"
     assert "widgets" not in NOTEBOOK["metadata"]
-    assert sum("# @title" in "".join(cell["source"]) for cell in CODE) == 1
+
+
+def test_machinery_is_folded_in_colab_and_in_jupyterlab_and_has_a_title():
+    for cell in CODE:
+        title = "".join(cell["source"]).startswith("# @title ")
+        assert title == (cell["metadata"].get("cellView") == "form"), cell["source"][:3]
+        settings = title and "Settings" in cell["source"][0]  # a form, open
+        assert cell["metadata"].get("jupyter", {}).get("source_hidden", False) == (title and not settings)
+
+
+def test_a_learner_reads_about_1200_lines_in_short_cells():
+    """Folded cells aside: lines that are not empty, and lines of a cell of code."""
+    shown = [c for c in NOTEBOOK["cells"] if not c["metadata"].get("jupyter", {}).get("source_hidden")]
+    lines = [sum(bool(line.strip()) for line in cell["source"]) for cell in shown]
+    code = [n for n, cell in zip(lines, shown, strict=True) if cell["cell_type"] == "code"]
+    assert sum(lines) < 1200 and max(code) <= 36 and sum(n > 25 for n in code) <= 5
 
 
 def test_pictures_are_png():

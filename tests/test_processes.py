@@ -1,0 +1,91 @@
+"""Two processes with half of a batch each are one process with all of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, TINY, run_script, wait_for
+
+import vitgan_nb
+
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+CONFIG = replace(vitgan_nb.TINY, batch_size=6, bcr_real=2.0, bcr_fake=3.0, augment="color,translation,cutout")
+PARTS = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d")
+PROGRAM = """
+import os, sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+import vitgan_nb
+from test_processes import CONFIG, losses_and_state
+from dataclasses import replace
+torch.set_num_threads(1)
+run = vitgan_nb.Training(replace(CONFIG, optimizer=sys.argv[2]), "cpu")
+torch.save(losses_and_state(run), f"{{sys.argv[1]}}/{{os.environ['RANK']}}.pt")
+"""
+
+
+def losses_and_state(run, steps=20):
+    """Each step's losses and logits, and at the end all that the run holds and what its average paints."""
+    losses = []
+    for _ in range(steps):
+        run.train_step()
+        entry = run.record()
+        losses.append([entry[name] for name in (*vitgan_nb.STATISTICS, *vitgan_nb.LOGITS)])
+    state = {part: getattr(run, part).state_dict() for part in PARTS}
+    return torch.tensor(losses), state | {"painted": run.average.module(run.fixed_z).detach()}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_two_processes_are_one(optimizer, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = subprocess.run(
+        [*LAUNCHER, program, tmp_path, optimizer],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.testing.assert_close(other, state, rtol=0, atol=0)  # weights, spectral vectors, averages, optimizers
+    assert torch.equal(losses, other_losses)
+    alone, alone_state = losses_and_state(vitgan_nb.Training(replace(CONFIG, optimizer=optimizer), "cpu"))
+    torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state["painted"], alone_state["painted"], rtol=1e-4, atol=1e-4)
+    assert (losses[1:] != losses[:-1]).all()
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(tmp_path):
+    for steps, launcher in ((6, LAUNCHER), (9, (sys.executable,)), (12, LAUNCHER)):
+        process = run_script("train", *TINY, "--steps", steps, cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1")
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("Plan:") == 1
+    assert "Resumed at step 9" in process.stdout and "before 1 process, now 2 processes" in process.stdout
+    assert len(list(tmp_path.glob("runs/*/checkpoint-000000012.pt"))) == 1
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    command = [*LAUNCHER, SCRIPT, "train", *TINY, "--steps", "100000"]
+    launched = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint-*.pt")))
+    time.sleep(2)
+    children = subprocess.run(["pgrep", "-P", str(launched.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    told = launched.communicate(timeout=60)[1]
+    assert launched.returncode != 0
+    ours = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert ours in (
+        [],
+        ["error: another process of this run ended; start it again, and it goes on from the last checkpoint."],
+    )
+    assert "vitgan_nb.BadInput" not in told
+    for child in children:
+        assert not os.path.exists(f"/proc/{child}")
