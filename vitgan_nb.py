@@ -27,7 +27,7 @@
 # ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
 #
 # *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU
-# (WEIGHTS LINE).*
+# 300,000 images, an hour and a half: FRD 762, see section 20).*
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
@@ -46,7 +46,8 @@
 # | $D$, $n$, $d$ | width of a token; attention heads; width of a head, $D/n$ | 384; 6; 64 |
 # | $M$ | pixels at which a patch is painted | 16 |
 # | $z$, $w$ | latent, random; style, made from it by the mapping network | (B, 384) each |
-# | $h$ | tokens inside a Transformer | (B, 64, 384) |
+# | $G(z)$, $D(x)$ | generator and discriminator; a plain $D$ in a shape is the width | |
+# | $h$ | tokens inside a Transformer | (B, 64, 384); 65 in the discriminator |
 # | $y$ | one vector per patch, from which the patch is painted | (B, 64, 384) |
 # | $\psi$ | truncation: 0 paints the typical image, 1 all variety | 1 |
 # | $\omega_0$ | factor inside the sines of the patch decoder | 1 |
@@ -56,7 +57,7 @@
 # | profile | for | what it trains | how long |
 # |---|---|---|---|
 # | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | @@SMOKE@@ |
-# | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes, by the clock |
+# | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
 #
 # No GPU has run this notebook yet: what it says about GPUs is by design and rehearsal, not seen.
@@ -64,7 +65,8 @@
 # **How to use it.** *Runtime → Run all* trains and shows samples; on a CPU, half of the time goes into section 19 and
 # one minute into section 16. Or step through: a section is text, a formula, a short cell of code, a picture, and a
 # check that prints one line with a ✓. Checks, long figures and the engine are folded; click on a title to open one.
-# Each section ends with an exercise: change the code, run the section again, and see which ✓ fails.
+# `@demo` runs the function below it at once; `LIVE` is true in a notebook.
+# Sections 2 to 17 have an exercise: change the code, run the section again, and see which ✓ fails.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -566,7 +568,9 @@ def test_batches_visit_every_image_once_per_epoch():
 # <details><summary>Answer</summary>The first of this section: black is 0 then, not −1.</details>
 #
 # **Measured here.** Without mirroring, FRD (a distance to real images, lower is better, [section 20](#measure)) was
-# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): nothing beyond the seeds.
+# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): nothing beyond the seeds. Numbers at 48,000
+# images are of a model of two blocks, tokens 96 wide, a SIREN of depth 2, trained with Muon; those at 32,000 of the
+# same with Adam.
 
 # %% [markdown]
 # <a name="game"></a>
@@ -579,8 +583,8 @@ def test_batches_visit_every_image_once_per_epoch():
 #   $G$". The probability that it gives to "real" is $\mathrm{sigmoid}(D)$.
 #
 # Nobody shows $G$ a real point. All that it learns, it learns from what $D$ thinks of its own. They take turns. With
-# $\mathrm{softplus}(t) = \log(1 + e^t)$, which is the cross-entropy of a logit, each turn lowers one loss
-# (Goodfellow et al. 2014):
+# $\mathrm{softplus}(t) = \log(1 + e^t)$, which is the cross-entropy of the logit $t$ for the answer "no", each turn
+# lowers one loss (Goodfellow et al. 2014):
 #
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z))), \qquad
 #   L_G = \mathbb E\,\mathrm{softplus}(-D(G(z)))$$
@@ -763,10 +767,11 @@ def test_the_game_gives_each_player_its_own_turn():
 #
 # $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
 #
-# $f$ is eight small layers deep, so a change in the first moves everything after it. These layers must learn slowly,
-# and all other layers at one pace. But Adam moves every weight by about $\eta$ per step whatever the gradient's size: a
-# layer with many inputs starts with small weights and is rewritten by such a step, one with few inputs hardly notices.
-# The **equalized learning rate** (Karras et al. 2018) stores all weights at one size and scales them in use:
+# $f$ is eight layers deep (two in `smoke`), so a change in the first moves everything after it. These layers must learn
+# slowly, and all other layers at one pace. But Adam moves every weight by about $\eta$ per step whatever the gradient's
+# size: a layer with many inputs starts with small weights and is rewritten by such a step, one with few inputs hardly
+# notices. The **equalized learning rate** (Karras et al. 2018) stores all weights at one size and scales them in use,
+# with $m$ (`lr_multiplier`) 1 in most layers:
 #
 # $$y = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
@@ -886,7 +891,7 @@ def test_mapping_network():
 # <details><summary>Answer</summary>The mapping network's: leaky ReLU about halves the mean square at each layer, so
 # after eight layers <i>w</i> has about a sixteenth of its size, and modulates a sixteenth as much.</details>
 #
-# **Measured here.** Neither part was taken out by itself.
+# **Measured here.** Not taken out by themselves.
 
 # %% [markdown]
 # <a name="waves"></a>
@@ -979,8 +984,9 @@ def test_fourier_features_tell_pixels_apart():
 # patch would begin as one flat colour.</details>
 #
 # **Measured here.** A position embedding that starts with half a turn in place of a whole one: FRD 1,427 and 1,250
-# against 1,716 and 1,562 after 36,000 images, better with both seeds and at 24,000 too. A quarter of a turn: 1,522.
-# Fourier features that start four times faster: 2,755; four times slower: 1,561 (one seed each).
+# against 1,716 and 1,562 after 36,000 images, better with both seeds and at 24,000 too. A quarter of a turn: 1,522
+# against 1,250. With a whole turn, 1,562, Fourier features that start four times faster: 2,755; four times slower:
+# 1,561 (one seed each).
 
 # %% [markdown]
 # <a name="sln"></a>
@@ -1194,15 +1200,15 @@ def test_generator_block_is_its_two_equations():
 
 
 # %% [markdown]
-# **Wrong in published code.** Softmax first and the scale after it, which leaves the attention too sharp and shrinks the
-# output; the scale of the full width $D$, which flattens it. In the block: the MLP's output is computed and thrown
+# **Wrong in published code.** Softmax first and the scale after it, which leaves the attention too sharp and shrinks
+# the output; the scale of the full width $D$, which flattens it. In the block: the MLP's output is computed and thrown
 # away; one norm shared by both halves; the residual taken from $h$ *after* it was overwritten by its normalised self,
 # so that nothing accumulates.
 #
-# **Exercise.** Give the block one SLN for both halves, `self.norm2 = self.norm1`. Which ✓ fails, and why does training
-# hardly mind at first?
-# <details><summary>Answer</summary>The block's. At the start both halves want about the same scale and shift; only when
-# γ and β have moved do they want different ones.</details>
+# **Exercise.** Give the block one SLN for both halves, `self.norm2 = self.norm1`. Which ✓ fails, and what can
+# the block no longer do?
+# <details><summary>Answer</summary>The block's. Attention and MLP then get the same scale and shift from a style, and
+# cannot be turned up and down apart.</details>
 #
 # **Measured here.** None of these mistakes was trained by itself.
 
@@ -1222,7 +1228,8 @@ def test_generator_block_is_its_two_equations():
 #
 # $$W'x = W(s \odot x), \qquad W''x = \delta \odot W(s \odot x), \quad \delta_i = \Bigl(\textstyle\sum_j W_{ij}^2 s_j^2 + \epsilon\Bigr)^{-1/2}$$
 #
-# One product for all patches of all images, the same numbers. Demodulation is off by default.
+# One product for all patches of all images, the same numbers. Demodulation is off by default, and never used for the
+# layer to RGB.
 
 
 # %%
@@ -1372,8 +1379,8 @@ def sine_and_relu_paint_the_same_image():
 
 # %% [markdown]
 # On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 2 at $\omega_0 = 1$, 10 at 3. On the
-# drawing, flat but for one edge, nobody is ahead. At $\omega_0 = 10$ the pixels fit and all between them is noise: that is
-# the price of a large $\omega_0$, and we use 1.
+# drawing, smooth but for one edge, sines gain nothing over ReLU. At $\omega_0 = 10$ the pixels fit and all between them
+# is noise: that is the price of a large $\omega_0$. We use 1: in the GAN, 3 was no better (below).
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1391,9 +1398,9 @@ def test_siren_paints_one_continuous_patch():
 
 
 # %% [markdown]
-# **Patches to image.** Pixels come out as (image, patch, pixel in patch, colour). Patches and pixels both run row by row,
-# so the two axes of rows must be brought together, and the two axes of columns: a reshape alone would lay all pixels of
-# a patch side by side in one row of the image.
+# **Patches to image.** Pixels come out as (image, patch, pixel in patch, colour). Patches and pixels both run row by
+# row, so the two axes of rows must be brought together, and the two axes of columns: a reshape alone would lay all
+# pixels of a patch side by side in one row of the image.
 
 
 # %%
@@ -1415,11 +1422,11 @@ def test_patches_to_image_undoes_cutting():
 
 
 # %% [markdown]
-# **Wrong in published code.** A port reshapes (B, pixels, channels) to (1, B·channels, pixels) for a grouped convolution
-# without a transpose, which silently mixes pixels with channels, and likewise on the way out.
+# **Wrong in published code.** A port reshapes (B, pixels, channels) to (1, B·channels, pixels) for a grouped
+# convolution without a transpose, which silently mixes pixels with channels, and likewise on the way out.
 #
 # **Exercise.** In `patches_to_image`, exchange 3 and 1 in `permute`. Which ✓ fails, and what would you see?
-# <details><summary>Answer</summary>That of the patches: the image comes out scrambled, rows of pixels and rows of
+# <details><summary>Answer</summary><i>Patches to image</i>: the image comes out scrambled, rows of pixels and rows of
 # patches exchanged. The shapes are still right, which is why nothing else complains.</details>
 #
 # **Measured here.** Depth of the SIREN 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1)
@@ -1622,7 +1629,7 @@ def test_diff_augment():
 # give generated images away.</details>
 #
 # **Measured here.** Without DiffAugment in the adversarial losses: FRD 4,230 and 4,654 against 3,297 and 3,377 (32,000
-# images): clearly worse, one of the two techniques of which we can say so. With cutout beside colour and translation:
+# images): worse with both seeds, by more than seeds usually differ. With cutout beside colour and translation:
 # 2,974 and 2,678 against 2,771 and 2,520 (48,000 images), nothing beyond the seeds.
 
 # %% [markdown]
@@ -1698,9 +1705,8 @@ def test_overlapping_patches():
 
 # %% [markdown]
 # **Exercise.** Take `kernel_size=p`, no padding, and `3 * patch_size**2` inputs: patches that do not touch. Which ✓
-# fails, and what will the generator get away with?
-# <details><summary>Answer</summary>That of the patches. A step in brightness at a patch's border costs it little: no
-# token sees both sides.</details>
+# fails, and what will the generator get away with? <details><summary>Answer</summary><i>Overlapping patches</i>. A step
+# in brightness at a patch's border costs it little: no token sees both sides.</details>
 #
 # **Measured here.** Without overlap FRD was *lower*: 2,875 and 2,789 against 3,297 and 3,377 (32,000 images). That is
 # three minutes of training; we do not know what overlap is worth in a long one.
@@ -1769,9 +1775,10 @@ def attention_to_oneself():
 
 
 # %% [markdown]
-# With one head of full width this attention is Lipschitz for either. With several heads, tokens that differ only in
-# directions to which a head's $W_q$ is blind are at distance 0 for that head while their values differ, and the
-# steepness grows again; the check shows both. Here the LayerNorm before the attention limits the tokens' length.
+# With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$. With several heads, tokens that
+# differ only in directions to which a head's $W_q$ is blind are at distance 0 for that head while their values differ,
+# and the steepness grows again; the check shows both. Kim et al. also multiply the values by $W_qW_q^\top$ of the head,
+# which rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens' length.
 #
 # What one patch of a real image attends to, before any training: the patch marked in red, and its attention in the L2
 # and in the dot-product form. L2 looks at patches that *look alike*, itself first; the dot product, which is not tied,
@@ -1857,10 +1864,10 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 #
 # At the start this changes nothing; afterwards no training changes how steep the layer is.
 #
-# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each training step does $v \leftarrow
-# W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little per step, so one
-# iteration keeps up, *if it starts from the exact vectors*. $u$, $v$ and $\sigma(W_\text{init})$ are buffers, so that a
-# checkpoint holds them.
+# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each call in training mode does
+# $v \leftarrow W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little
+# per step, so one iteration keeps up, *if it starts from the exact vectors*. $u$, $v$ and $\sigma(W_\text{init})$ are
+# buffers, so that a checkpoint holds them.
 
 
 # %%
@@ -1986,8 +1993,9 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # <a name="discriminator"></a>
 # ## 14. Discriminator
 #
-# A Vision Transformer: overlapping patches and a class token, position embedding, pre-norm blocks with L2 attention,
-# and a linear layer that reads one number off the class token. Improved spectral normalisation on every linear layer.
+# A Vision Transformer: overlapping patches and a class token, position embedding (a learned table, not waves), pre-norm
+# blocks with L2 attention, and a linear layer that reads one number off the class token. Improved spectral
+# normalisation on every linear layer.
 #
 # The **class token** is one extra learned token that stands for no patch; the answer is read off it. That number is a
 # **logit** and must be free to take any value.
@@ -2069,7 +2077,8 @@ def test_discriminator():
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
 # **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, one
-# seed). Depth 6 in place of 3: 1,556 after 50,000 images, where `smoke` has 1,337 to 1,478, and it is slower (one seed).
+# seed). Depth 6 in place of 3: 1,556 after 50,000 images, where `smoke` has 1,337 to 1,478, and it is slower (one
+# seed).
 
 # %% [markdown]
 # <a name="losses"></a>
@@ -2087,7 +2096,7 @@ def test_discriminator():
 # $$L_\text{bCR} = \lambda_\text{real}\,\mathbb E\bigl[(D(x) - D(T(x)))^2\bigr] + \lambda_\text{fake}\,\mathbb E\bigl[(D(G(z)) - D(T(G(z))))^2\bigr]$$
 #
 # A discriminator in a hurry to learn the training images by heart has to do so for all their transformations. The
-# price: with a heavy weight it learns slowly, because calling everything 0 is perfectly consistent.
+# price: with a heavy weight it learns slowly, because giving every image the same logit is perfectly consistent.
 
 
 # %%
@@ -2135,8 +2144,8 @@ def test_balanced_consistency():
 
 
 # %% [markdown]
-# **Wrong in published code.** Subtract logits of shape (B,) from logits of shape (B, 1) and PyTorch quietly forms all B ×
-# B differences: every image is asked to score like *every other*, and the discriminator goes flat. So shapes are
+# **Wrong in published code.** Subtract logits of shape (B,) from logits of shape (B, 1) and PyTorch quietly forms all B
+# × B differences: every image is asked to score like *every other*, and the discriminator goes flat. So shapes are
 # compared first.
 #
 # **Exercise.** Leave that comparison out. Which ✓ fails?
@@ -2294,7 +2303,8 @@ def test_moving_average():
 
 # %% [markdown]
 # **A first run of a minute**, with nothing but this step: a small model on small drawings, and, beside the sound one,
-# three with a fault that published code has. `False` leaves one out.
+# three with a fault that published code has. `False` leaves one out. After 200 steps not even the sound one paints
+# shapes: compare the curves, and how pale the samples are.
 #
 # <a name="break"></a>
 # **Break it.**
@@ -2303,7 +2313,7 @@ def test_moving_average():
 # |---|---|---|
 # | *fake* never falls below −0.17; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
-# | *real* and *fake* drift apart, the generator's loss climbs | 64 images, neither DiffAugment nor bCR | [10](#diffaugment), [15](#losses) |
+# | *real* and *fake* lie far apart, the generator's loss is several times the sound run's | 64 images, neither DiffAugment nor bCR | [10](#diffaugment), [15](#losses) |
 
 
 # %%
@@ -2371,8 +2381,8 @@ def test_gelu_after_the_head_caps_the_loss():
 
 
 # %% [markdown]
-# **Wrong in published code.** The fake batch not detached; an average built from a `parameters()` iterator that had been
-# used up, which averages nothing, silently; no seed.
+# **Wrong in published code.** The fake batch not detached; an average built from a `parameters()` iterator that had
+# been used up, which averages nothing, silently; no seed.
 #
 # **Exercise.** Leave `.detach()` out of the step. Which ✓ fails, and does training stop?
 # <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets gradients that
@@ -2385,11 +2395,11 @@ def test_gelu_after_the_head_caps_the_loss():
 # <a name="muon"></a>
 # ## 17. Muon (may be skipped)
 #
-# Not from the paper: an optimizer, which `smoke` learns with. The singular value decomposition $G = USV^\top$ splits the
-# gradient of a matrix into *directions*: $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction $u_i$
-# of the output that it moves, and $s_i$ says how strongly. A few $s_i$ are far larger than the rest, and Adam's step,
-# which treats the matrix as so many single numbers, is mostly in these few directions too. *Muon* (Jordan et al. 2024)
-# sets all $s_i$ to 1 and goes about equally far in every direction:
+# Not from the paper: an optimizer, which `smoke` learns with. The singular value decomposition $G = USV^\top$ splits
+# the gradient of a matrix into *directions*: $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction
+# $u_i$ of the output that it moves, and $s_i$ says how strongly. A few $s_i$ are far larger than the rest, and Adam's
+# step, which treats the matrix as so many single numbers, is mostly in these few directions too. *Muon* (Jordan et al.
+# 2024) sets all $s_i$ to 1 and goes about equally far in every direction:
 #
 # $$W \leftarrow W - \eta\sqrt{\max(m, n)}\;UV^\top \qquad (W \text{ of shape } m \times n)$$
 #
@@ -2559,21 +2569,22 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 #
 # All of this is folded; nothing in it changes what is learned. It promises:
 #
-# * **The fast step equals the plain one.** Real and painted images, plain and augmented, go through the discriminator in
-#   one pass of $4B$, so that weights are normalised once; bfloat16 multiplies matrices, float32 does the rest; in
+# * **The fast step equals the plain one.** Real and painted images, plain and augmented, go through the discriminator
+#   in one pass of $4B$, so that weights are normalised once; bfloat16 multiplies matrices, float32 does the rest; in
 #   float16 a *scaler* multiplies the loss before `backward` and divides the gradients again, and a batch that overflows
 #   is skipped and counted. A check compares losses and gradients with the plain step's.
-# * **Compiled on a GPU**: both losses with their gradients, each a graph that is replayed. The minutes that this takes at
-#   the start do not count; where it fails, that is told and the run goes on without.
+# * **Compiled on a GPU** (not yet run there): both losses with their gradients, each a graph that is replayed. The
+#   minutes that this takes at the start do not count; where it fails, that is told and the run goes on without.
 # * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, is
 #   written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
 #   collapse late, and those are what one goes back to. Loading never runs code (`weights_only=True`).
-# * **Resuming is exact.** On one CPU with one number of threads, N + N steps equal 2N bit for bit. On a GPU they do not:
-#   sums are added in whatever order they finish. Another device, precision or PyTorch goes on too, and says so.
+# * **Resuming is exact.** On one CPU with one number of threads, N + N steps equal 2N bit for bit. On a GPU expect no
+#   such thing: sums may be added in any order there. On another device, precision or PyTorch a run goes on too, and
+#   says so.
 # * **Interrupt when you like**: the step is finished, the run saved and returned; running the cell again goes on.
-# * **Not finite**: weights or buffers that are infinite or NaN are never saved; the run goes back to its last checkpoint
-#   and on with other random numbers, three times at most between two sound checkpoints. A full disk is told and does
-#   not end the run.
+# * **Not finite**: weights or buffers that are infinite or NaN are never saved; the run goes back to its last
+#   checkpoint and on with other random numbers, three times at most between two sound checkpoints. A full disk is told
+#   and does not end the run.
 # * **Several GPUs**: the same loop under `torchrun` ([A](#speed)).
 #
 # A run's folder is named after the configuration. Change that, and a new folder starts, unless it is only how long, how
@@ -3310,11 +3321,12 @@ def test_seed_decides_everything():
 # What to look at while it runs:
 #
 # * **Losses.** They measure a balance and do not go down as in classification. A discriminator that only guesses has a
-#   loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays a little
-#   below its line, so that there is something to learn from it. *consistency* is the bCR term, not part of *loss_d*.
-# * **Logits.** *real* above *fake*. The gap narrows as samples get better; it should neither vanish nor run away.
-#   *held out* are real images that it never trains on: when they drift from *real* to *fake*, the discriminator is
-#   learning the training images by heart.
+#   loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays below its
+#   line but well above 0, so that there is something to learn from it. *consistency* is the bCR term, not part of
+#   *loss_d*.
+# * **Logits.** *real* above *fake*. The gap is wide at first, narrows, and may widen again; it should neither vanish
+#   nor run away. *held out* are real images that it never trains on: when they drift from *real* to *fake*, the
+#   discriminator is learning the training images by heart.
 # * **Samples.** First the colours are right, then the layout, then things.
 
 # %% tags=["nbval-ignore-output"]
@@ -3349,8 +3361,8 @@ def before_early_after():
 #
 # $$\mathrm{KID} = \mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b), \qquad k(a,b) = \Bigl(\frac{a \cdot b}{d} + 1\Bigr)^3$$
 #
-# with $d$ features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a real image as much
-# as two samples resemble each other, and it is 0. It is unbiased, so it can be had from few samples.
+# with $d$ features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a real image as
+# much as two samples resemble each other, and it is 0. It is unbiased, so it can be had from few samples.
 
 
 # %%
@@ -3373,7 +3385,8 @@ def thumbnails(images: Tensor) -> Tensor:
 
 # %% [markdown]
 # The features are usually those of Inception, a large network that has to be downloaded and that knows nothing of
-# drawings. Here they are **thumbnails**: 8 × 8 colours. They see layout and colour and no detail, so this KID can rank
+# drawings. Here they are **thumbnails**: 8 × 8 colours. They see layout and colour and no detail: blocky
+# samples can score almost like real images. This KID can rank
 # runs of this notebook and be compared with nothing else. Held-out real images show what as good as real is, an
 # untrained generator what bad is. Each number is of ten lots of 100 images; behind ± stands its standard error.
 
@@ -3479,9 +3492,9 @@ if LIVE:
             print(f"{name:24s} {error}")
 
 # %% [markdown]
-# **The usual five.** `evaluate(sample(run.average.module, 50_000), train_images)` computes them through torch-fidelity as
-# the papers do; on the command line, `python vitgan_nb.py evaluate --weights FOLDER`. It needs the network for Inception
-# and VGG16, and `pip install torch-fidelity`.
+# **The usual five.** `evaluate(sample(run.average.module, 50_000), train_images)` computes them through torch-fidelity
+# as the papers do; on the command line, `python vitgan_nb.py evaluate --weights FOLDER`. It needs the network for
+# Inception and VGG16, and `pip install torch-fidelity`.
 #
 # * **FID**: the distance between two Gaussians fitted to the features, of means $\mu$ and covariances $C$,
 #   $\lVert\mu_a-\mu_b\rVert^2 + \mathrm{tr}\bigl(C_a + C_b - 2\,(C_aC_b)^{1/2}\bigr)$. Biased: it falls as the number
@@ -3529,8 +3542,8 @@ def test_samples_follow_the_seed():
 # <a name="explore"></a>
 # ## 21. Explore
 #
-# Shown is the generator in `weights/` of the repository, trained on CIFAR-10, where that file lies beside the notebook;
-# else the one that you have just trained.
+# This shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the notebook, else the one that
+# you have just trained.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -3540,7 +3553,7 @@ if LIVE:
 
 # %% [markdown]
 # **A latent walk.** Each row goes from one style to another in equal steps. A generator that has only learned some
-# images by heart jumps; one that has learned what images are like changes smoothly.
+# images by heart would jump; that a row changes smoothly is a good sign, not a proof.
 
 
 # %%
@@ -3570,7 +3583,8 @@ def truncation():
 # %% [markdown]
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution: here
 # 16 × 16 instead of 4 × 4 pixels a patch. Middle: the same image enlarged by bicubic interpolation. The SIREN draws its
-# own smooth surfaces within a patch; between patches nothing was ever asked of it at this resolution, so look for seams.
+# own smooth surfaces within a patch; between patches nothing was ever asked of it at this resolution, so look for
+# seams.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3590,7 +3604,7 @@ def above_the_training_resolution():
 
 # %% [markdown]
 # **Where the discriminator looks.** The class token gathers the verdict. Bright is what it attends to in the last block
-# of your run, averaged over the heads, each map on its own scale.
+# of your run, averaged over the heads, each map on its own scale. With `smoke` the maps hardly follow the shapes.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3626,29 +3640,30 @@ if LIVE:
 # <a name="found"></a>
 # ## 22. What we found
 #
-# All of it is about a small model (a generator of at most a million weights) and few images
-# (200,000, an hour on one CPU core); nothing has been trained on a GPU yet. FRD is the formula of FID on the features
-# of a CIFAR-10 classifier, lower is better; test images have 6, blurred ones 2,047, `smoke` 873, 986 and 885 (three
-# seeds). Every table, with its command, is in `docs/experiments.md` of the repository.
+# All of it is about a small model (a generator of at most a million weights) and few images (mostly 200,000, an hour on
+# one CPU core); nothing has been trained on a GPU yet. FRD is the formula of FID on the features of a CIFAR-10
+# classifier, lower is better; test images have 6, blurred ones 2,047, `smoke` 873, 986 and 885 (three seeds). Every
+# table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
-# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520. A single linear layer in its place: 6,579 and 5,698 for
-# 3,297 and 3,377 in the ablations. *Slow waves in the position embedding*, half a turn for a turn: ahead in all four
-# pairs. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002 is too slow at this length. *Muon
-# together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to 1,147 at 200,000 images, 96 × 2 with Adam
-# 1,803 to 2,296; 128 × 3 with Adam, one seed, was no better than the small one.
+# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
+# and 5,698 against 3,297 and 3,377 in the ablations. *Slow waves in the position embedding*, half a turn for a turn:
+# ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002
+# is too slow at this length. *Muon together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to 1,147 at
+# 200,000 images, 96 × 2 with Adam 1,803 to 2,296; 128 × 3 with Adam, one seed, was no better than the small one.
 #
 # **What stayed within the seeds.** Two runs that differ in nothing but the seed can lie 900 apart. No more than the
-# seeds do was seen from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1, the weight of bCR from 0.3 to 10, warm-up, batches
-# of 32, cutout, mirrored images, L2 or dot-product attention in the discriminator, improved, plain or no spectral
-# normalisation. That is no proof that they are useless: a longer run or a larger model may need them.
+# seeds do was seen from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real
+# images), the weight of bCR from 0.3 to 10, warm-up, batches of 32, cutout, mirrored images, L2 or dot-product
+# attention in the discriminator, improved, plain or no spectral normalisation. That is no proof that they are useless:
+# a longer run or a larger model may need them.
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
 # 1,200 worse. A consistency of weight 10 squeezes the logits to within 0.05, and the generator learns all the same. At
-# 200,000 images depth 2, 3 and 4 are alike in FRD and differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, eight
-# times faster, comes about as far in the same minutes: 1,058 after 38, one run, where `smoke` has seen about 100,000
-# images and has 941 to 1,116.
+# 200,000 images depth 2, 3 and 4 are alike in FRD and differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, two
+# convolutional networks, eight times faster, comes about as far in the same minutes: 1,058 after 38, one run, where
+# `smoke` has seen about 100,000 images and has 941 to 1,116.
 #
 # **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. The best
 # run, of a SIREN of depth 2, stood still at 808 from 300,000 to 350,000 images, and a falling learning rate did not
@@ -3662,7 +3677,7 @@ if LIVE:
 # | bCR | 10 / 10 | `paper` 10 / 10, `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds |
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` also no cutout | as published code has it; cutout within the seeds |
 # | optimizer | Adam, 0.002, batch 128 | `paper` the same, `lesson` batch 64; `smoke` Muon, 0.004, batch 16 | Muon makes the size pay (one seed); 0.002 is slower |
-# | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn in all four pairs |
+# | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
 # | patch decoder | SIREN | SIREN; in `smoke` four modulated layers | 1,358 and 1,193 for 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |
 
@@ -3672,10 +3687,12 @@ if LIVE:
 # ## 23. Try next
 #
 # * Your own images: `DATASET` folder, and their folder in `FOLDER`.
-# * `replace(config, learning_rate=0.008)`: double the learning rate. It was perhaps better in the short.
-# * `replace(config, siren_depth=2)`: a shallower SIREN, the largest difference that we measured.
-# * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two separate losses (R3GAN). We
-#   tried one setting without gain.
+# * `train(replace(config, learning_rate=2 * config.learning_rate))`. For `smoke`, 0.008 was perhaps better in short
+#   runs.
+# * `siren_depth=2` in `smoke`, or 4 in `lesson` and `paper`, which have 2: the largest difference at 48,000 images; at
+#   200,000 it is gone from FRD, but not from recall.
+# * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two separate losses (R3GAN).
+#   We tried one setting without gain.
 # * Labels: join the class to $z$, and let the discriminator judge image and class together.
 #
 # **References**
@@ -3725,8 +3742,9 @@ if LIVE:
 # ## A. Speed, and more than one GPU
 #
 # A training step at the paper's size is 17.4 GFLOP an image. How fast the machine multiplies matrices sets the limit;
-# `python vitgan_nb.py benchmark --profile paper` prints the share of that limit that is reached. Each fast form of this notebook gives what the form that a textbook prints gives; `docs/experiments.md` has what
-# each saves on a CPU (`python benchmarks/side_by_side.py`):
+# `python vitgan_nb.py benchmark --profile paper` prints the share of that limit that is reached. Each fast form but the
+# last gives what the textbook's form gives; `docs/experiments.md` has what each saves on a CPU (`python
+# benchmarks/side_by_side.py`):
 #
 # | fast form | why it is the same |
 # |---|---|
@@ -3736,7 +3754,7 @@ if LIVE:
 # | [12](#l2) L2 attention by a dot product | $-\lVert q_i-q_j\rVert^2 = 2\,q_i \cdot q_j - \lVert q_j\rVert^2$ + what softmax ignores |
 # | [18](#engine) one pass of $4B$ images | a discriminator looks at each image alone |
 # | fused Adam, average in one call | the same sums |
-# | bfloat16 for products, float32 for the rest | not the same: it rounds; the losses stay within the spread of seeds |
+# | bfloat16 for products, float32 for the rest | not the same: it rounds; on a CPU the losses stay within the spread of seeds |
 #
 # **Several GPUs.** The same loop runs under DistributedDataParallel, each process with its share of every batch:
 #
