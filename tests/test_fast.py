@@ -74,6 +74,22 @@ def test_attention_as_a_gpu_computes_it(check):
     getattr(module_from(source.replace(condition, "if True:")), check)()
 
 
+def test_norms_stay_in_float32_where_products_are_bfloat16():
+    """Demodulation and spectral norm: sums over a thousand products, which bfloat16 gives to two or three digits."""
+    layer = ModulatedLinear(1000, 50, style_dim=7, demodulate=True)
+    normalised = vitgan_nb.improved_spectral_norm(vitgan_nb.EqualizedLinear(1000, 50))
+    x, style = torch.randn(1, 1, 4, 1000), torch.randn(1, 1, 7)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        s, y = layer.scale(style)[:, :, None].double(), layer(x, style)
+        layer.demodulate = False
+        factor = y / layer(x, style)
+        weight = normalised.normalise(normalised.weight)
+    w = (layer.linear.weight * layer.linear.weight_gain).double()
+    expected = 1 / ((w * s[0, 0]).square().sum(1) + 1e-8).sqrt()  # (out,)
+    torch.testing.assert_close(factor, expected.expand(1, 1, 4, -1).float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(weight, normalised.weight.detach(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("network", [Generator, Discriminator])
 def test_networks_equal_their_textbook_forms(in_float64, network):
     config = replace(TINY, demodulate=True, siren_depth=3)
@@ -141,6 +157,9 @@ def test_muon_in_float16_sees_small_gradients():
     for dtype in (torch.float16, torch.bfloat16):
         small, plain = (vitgan_nb.orthogonalized(gradient * scale, dtype) for scale in (2.0**-27, 1.0))
         assert torch.equal(small, plain)
+    beside = gradient * torch.tensor([1.0, 2.0**-20])[:, None, None]  # a small one in the stack of a large one
+    alone, together = (vitgan_nb.orthogonalized(g, torch.float16) for g in (gradient[1:], beside))
+    torch.testing.assert_close(alone[0], together[1], rtol=0, atol=0.02)
 
 
 def curves(precision, seed, steps, **size):

@@ -233,6 +233,8 @@ def test_two_processes_draw_the_same_losses():
 
 def test_the_newest_two_and_one_at_every_doubling_are_kept(tiny, monkeypatch):
     monkeypatch.setattr(vitgan_nb, "CHECKPOINT_MINUTES", 0)
+    run_folder(tiny).mkdir()
+    (run_folder(tiny) / ".checkpoint-000000007.pt.partial").touch()  # of a run that was killed
     train(replace(tiny, steps=21))
     steps = [int(path.stem[-9:]) for path in checkpoints(run_folder(tiny))]
     assert steps == [21, 20, 16, 8, 4, 2, 1, 0]

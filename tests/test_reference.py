@@ -1,5 +1,7 @@
 """The notebook beside `reference.py`, which is written from the formulas alone: values and every gradient to 1e-9."""
 
+import contextlib
+import copy
 import math
 from dataclasses import replace
 
@@ -103,6 +105,7 @@ def test_generator(demodulate):
         generator.siren.layers[0].linear.weight[0] *= 1e-4  # likewise
     weights = reference.with_gradients(named(generator))
     z, other = z.requires_grad_(), z.clone().requires_grad_()
+    assert [len(part) for part in (generator.mapping.layers, generator.blocks, generator.siren.layers)] == [3, 2, 2]
     images = generator(z)
     w = reference.mapping(weights, other)
     expected = reference.generator(weights, w, **painting(config))
@@ -130,6 +133,7 @@ def test_discriminator():
         assert_same(logits, expected)
         assert_same(gradients(logits, discriminator, x), gradients(expected, weights, other))
         assert_same(named(discriminator), {name: value.detach() for name, value in weights.items()})
+    assert len(discriminator.blocks) == 2 and discriminator.head.weight.shape == (1, 22)
 
 
 def test_gradients_of_the_reference_are_slopes():
@@ -165,6 +169,7 @@ def test_diff_augment(drawn):
     expected = reference.augment(other, augmentation_numbers(drawn, 24))
     assert_same(ours, expected)
     assert_same(gradients(ours, {}, x), gradients(expected, {}, other))
+    assert vitgan_nb.diff_augment(x.half(), "color,translation,cutout").dtype == torch.float16
 
 
 def test_ranges_of_the_augmentations():
@@ -185,7 +190,7 @@ def test_ranges_of_the_augmentations():
     fills(contrast, 0.5, 1.5)
     fills((y - grey(y)).std((1, 2, 3)) / (x - grey(x)).std((1, 2, 3)) / contrast, 0, 2)
 
-    for side in (16, 24, 32):
+    for side in (16, 18, 40):
         most, where = side // 8, torch.arange(1.0, side + 1)
         image = (100 * where[:, None] + where).expand(n, 3, -1, -1)  # a pixel's value tells where it was; none is 0
         y = vitgan_nb.diff_augment(image, "translation")
@@ -220,6 +225,45 @@ def test_losses():
             assert_same(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs))
 
 
+def test_real_points():
+    """Eight places on the circle of radius 1, equally often, with a spread of 0.05."""
+    n = 8000
+    points = vitgan_nb.real_points(n)
+    places = torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)] for k in range(8)])
+    off, nearest = (points[:, None] - places).norm(dim=2).min(1)
+    assert (nearest.bincount(minlength=8) / n - 1 / 8).abs().max() < 5 * math.sqrt(7 / 64 / n)
+    assert abs(off.square().mean().sqrt() / (0.05 * math.sqrt(2)) - 1) < 5 / math.sqrt(4 * n)
+
+
+@pytest.mark.parametrize("saturating", [False, True])
+def test_turns_of_the_game(saturating, drawn, monkeypatch):
+    """Two turns of each player: loss, gradients, and a step of Adam, from the same points."""
+    real, draw = [], vitgan_nb.real_points
+    monkeypatch.setattr(vitgan_nb, "real_points", lambda n: real.append(draw(n)) or real[-1])
+    game, states = vitgan_nb.Game(), {}
+    game.saturating = saturating
+    for network in (game.G, game.D):
+        assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    for turn, name in 2 * [(game.turn_of_D, "D"), (game.turn_of_G, "G")]:
+        del drawn[:]
+        G, D = copy.deepcopy(game.G), copy.deepcopy(game.D)
+        loss, mine = turn(), {"D": D, "G": G}[name]
+        fake = D(G(drawn[0][1]))
+        assert fake.shape == (128, 1)
+        if name == "D":
+            expected = reference.discriminator_loss(D(real[-1])[:, 0], fake[:, 0])
+        else:
+            expected = -reference.softplus(fake).mean() if saturating else reference.generator_loss(fake[:, 0])
+        assert_same(torch.tensor(loss), expected.detach())
+        gradients = torch.autograd.grad(expected, list(mine.parameters()))
+        for k, (before, gradient, after) in enumerate(
+            zip(mine.parameters(), gradients, getattr(game, name).parameters(), strict=True)
+        ):
+            assert_same(after.grad, gradient)
+            moved = reference.adam(before.detach(), gradient, states.setdefault((name, k), {}), 0.002, (0.0, 0.99))
+            assert_same(after.detach(), moved, atol=1e-10)
+
+
 # The training step
 
 
@@ -232,6 +276,26 @@ def test_muon(shape):
         optimizer.step()
         expected = reference.muon(expected, weight.grad, state, 0.004)
         assert_same(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_muon_with_a_loss_scaler(overflow):
+    """Gradients 8 times too large are divided by 8; those of which one overflowed move nothing, momenta included."""
+    shapes = (11, 12), (10, 12), (12,)  # of these Muon takes the first, Adam the others
+    scaled, plain = (vitgan_nb.Muon([torch.nn.Parameter(torch.ones(s)) for s in shapes], SIZES) for _ in range(2))
+    assert [len(optimizer.param_groups[0]["params"]) for optimizer in scaled.each] == [2, 1]
+    weights, others = ([w for group in each.param_groups for w in group["params"]] for each in (scaled, plain))
+    for step in range(3):
+        overflowed = overflow and step == 1
+        for weight, other in zip(weights, others, strict=True):
+            gradient = torch.randn(weight.shape)
+            weight.grad, other.grad = torch.full_like(gradient, math.inf) if overflowed else 8 * gradient, gradient
+        scaled.found_inf, scaled.grad_scale = torch.tensor([overflowed, 8], dtype=torch.float32)  # as the scaler does
+        scaled.step()
+        if not overflowed:
+            plain.step()
+        assert_same([w.detach() for w in weights], [w.detach() for w in others])
+        assert_same(scaled.each[1].state[weights[2]]["momentum"], plain.each[1].state[others[2]]["momentum"])
 
 
 @pytest.fixture
@@ -255,7 +319,8 @@ def noted(run, network, optimizer, monkeypatch):
 
 
 @pytest.mark.parametrize("run", ["adam", "muon"], indirect=True)
-def test_two_training_steps(run, drawn, monkeypatch):
+@pytest.mark.parametrize("step_of", [Training.train_step, vitgan_nb.plain_step], ids=["fast", "plain"])
+def test_two_training_steps(step_of, run, drawn, monkeypatch):
     """Losses, gradients, weights of both networks and of the average, buffers too, from the same random numbers."""
     for network in (run.generator, run.discriminator, run.average):
         stirred(network, 0.1)
@@ -269,12 +334,16 @@ def test_two_training_steps(run, drawn, monkeypatch):
     settings = {"generator": painting(SIZES), "discriminator": {"patch_size": 4, "heads": 2},
                 "optimizer": run.config.optimizer, "rate": 0.002, "betas": (0.0, 0.99),
                 "bcr_real": 2.0, "bcr_fake": 3.0, "half_life": 1}  # fmt: skip
+    power_steps = []
+    if step_of is vitgan_nb.plain_step:  # four passes, a power step in each: so u and v are left alone here
+        monkeypatch.setattr(vitgan_nb.ImprovedSpectralNorm, "power_step", lambda *_: power_steps.append(1))
+        monkeypatch.setattr(reference, "power_iteration", dict)
     gradients_d = noted(run, run.discriminator, run.optimizer_d, monkeypatch)
     gradients_g = noted(run, run.generator, run.optimizer_g, monkeypatch)
     for step in range(2):
         del drawn[:]
-        losses = [*run.discriminator_step(), *run.generator_step()]
-        run.step += 1
+        run.sums.zero_()
+        step_of(run)
         (mirror,) = (k for k, (name, x) in enumerate(drawn) if name == "rand" and x.ndim == 4)
         first, second = (k for k, (name, _) in enumerate(drawn) if name == "randn")
         indices = vitgan_nb.batch_indices(len(run.images), 7, step + 1, SIZES.seed)
@@ -286,7 +355,7 @@ def test_two_training_steps(run, drawn, monkeypatch):
             "augment_g": augmentation_numbers(drawn[second + 1 :], 24),
         }
         expected = reference.training_step(theirs, draws, settings)
-        assert_same(losses, expected["losses"])
+        assert_same(list(run.sums), [*expected["losses"], torch.tensor(1.0)])
         assert_same(gradients_d[step], expected["discriminator"])
         assert_same(gradients_g[step], expected["generator"])
         # A step is 2e-3. Adam divides a gradient that is 0 but for rounding, of the bias of the keys, by about 1e-8.
@@ -294,6 +363,9 @@ def test_two_training_steps(run, drawn, monkeypatch):
         assert_same(named(run.discriminator), theirs["discriminator"], atol=1e-10)
         assert_same(named(run.average.module), theirs["average"], atol=1e-10)
     assert run.generator.training and run.discriminator.training and not run.average.training
+    if step_of is vitgan_nb.plain_step:
+        layers = sum(name.endswith(".u") for name in theirs["discriminator"])
+        assert len(power_steps) == 2 * 4 * layers  # none in the generator's half
 
 
 # Initial weights, sampling, data
@@ -402,3 +474,29 @@ def test_held_out_images_are_not_trained_on(tmp_path):
     assert len(folder[0]) + len(folder[1]) == 30
     for train, held_out in (vitgan_nb.load_images(replace(SIZES, image_size=8)), folder):
         assert len(held_out) and not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in held_out}
+
+
+# Measuring, and where tensors lie
+
+
+def test_thumbnails():
+    """The mean colour of each 3 × 3 pixels, from 0 to 1, colour by colour."""
+    images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    found = vitgan_nb.thumbnails(images).reshape(2, 3, 8, 8)
+    for row in range(8):
+        for column in range(8):
+            field = images[:, :, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3].double()
+            assert_same(found[:, :, row, column], field.sum((2, 3)) / 9 / 255)
+
+
+def test_no_tensor_is_left_on_the_cpu(monkeypatch):
+    """On the meta device, which keeps shapes and no numbers, tensors of two devices do not add up."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
+    config = replace(SIZES, demodulate=True)
+    generator, discriminator = Generator(config).to("meta"), Discriminator(config).to("meta")
+    real = torch.zeros(7, 3, 24, 24, dtype=torch.uint8, device="meta")
+    for images in (generator(torch.randn(7, 10, device="meta")), vitgan_nb.real_batch(real, torch.arange(7))):
+        for policy in vitgan_nb.AUGMENTATIONS:
+            images = vitgan_nb.diff_augment(images, policy)
+            assert images.device.type == "meta"
+        assert discriminator(images).shape == (7,)
