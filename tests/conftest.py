@@ -13,7 +13,9 @@ import pytest
 
 matplotlib.use("agg")
 os.environ.setdefault("VITGAN_MINUTES", "0.5")  # so long the notebook trains under nbval
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other on a busy machine; two tests run at once
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two threads wait for each other on a busy machine; two tests run at once
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with interrupts ignored
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "vitgan_nb.py"
