@@ -40,4 +40,12 @@ def test_pictures_links_and_tables_show(tmp_path):
     seen = json.loads(re.search("SEEN({.*})NEES", page.split('id="seen"')[1])[1])
     assert seen["images"] > 20 and seen["broken"] == seen["wide"] == 0
     assert seen["links"] > 26 and seen["lost"] == []
-    assert seen["tables"] > 5 and seen["bars"] == 0
+    text = [
+        cell
+        for cell in json.loads(SCRIPT.with_name("ViTGAN.ipynb").read_text())["cells"]
+        if cell["cell_type"] == "markdown"
+    ]
+    assert (
+        seen["tables"] == sum(line.startswith("|---") for cell in text for line in cell["source"]) and seen["bars"] == 0
+    )
+    assert not any("![]" in line for cell in text for line in cell["source"])  # every picture has a description
