@@ -2916,9 +2916,10 @@ def save_generator(generator: Generator, path: Path, dtype: torch.dtype = torch.
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in generator.state_dict().items()}
+    metadata = {"config": json.dumps(asdict(generator.config))} | ({"about": about} if about else {})
     with written_whole(path) as partial:
         try:
-            save_file(state, partial, metadata={"config": json.dumps(asdict(generator.config)), "about": about})
+            save_file(state, partial, metadata=metadata)
         except SafetensorError as error:  # a full disk
             raise OSError(str(error)) from error
         partial.chmod(0o644)  # the library's files are readable by their owner only

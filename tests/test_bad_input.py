@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import math
 import pickle
 import shutil
 import struct
@@ -316,6 +317,42 @@ def test_more_odd_images_are_read(tmp_path, capsys):
     images = read_folder(tmp_path, 16)
     colours = images[:, :, 8, 8].tolist()
     assert colours == [[255, 0, 0], [255, 255, 255], [0, 128, 0], [0, 0, 255], [255, 0, 0], [255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    "name, values, accepted",
+    [
+        ("n", (0, -1, 2.0, True), (1,)),
+        ("seed", (-1, 2**32, 1.5), (0, 2**32 - 1)),
+        ("truncation", (-0.1, 1.1, math.nan, "1"), (0, 1, 0.5)),
+    ],
+)
+def test_wrong_arguments_of_sample(name, values, accepted):
+    generator = vitgan_nb.Generator(vitgan_nb.TINY)
+    for value in values:
+        with pytest.raises(BadInput, match=f"{name} is {value!r}"):
+            vitgan_nb.sample(generator, **({"n": 2} | {name: value}))
+    for value in accepted:
+        assert vitgan_nb.sample(generator, **({"n": 2} | {name: value})).shape[1:] == (3, 16, 16)
+
+
+def test_one_image_is_too_few_and_two_are_enough(tmp_path):
+    config = replace(vitgan_nb.TINY, dataset="folder", data_root=str(tmp_path))
+    for k, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{k}.png")
+        if k == 0:
+            with pytest.raises(BadInput, match="holds one image"):
+                vitgan_nb.load_images(config)
+    assert [len(part) for part in vitgan_nb.load_images(config)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "data_root, variable, expected", [("here", "there", "here"), ("", "there", "there"), ("", "", "data")]
+)
+def test_where_cifar10_is_looked_for(data_root, variable, expected, monkeypatch):
+    monkeypatch.setattr(vitgan_nb, "read_cifar10", lambda root: root)
+    monkeypatch.setenv("VITGAN_DATA", variable)
+    assert vitgan_nb.load_images(replace(vitgan_nb.PROFILES["paper"], data_root=data_root)) == Path(expected)
 
 
 def test_empty_folder(tmp_path):

@@ -228,7 +228,9 @@ def test_float16_scales_its_losses(optimizer):
     run = vitgan_nb.Training(replace(vitgan_nb.TINY, precision="float16", optimizer=optimizer))
     for _ in range(12):
         run.train_step()
-    assert run.scaler.is_enabled() and 1 <= run.scaler.get_scale() < 2**16  # it found a scale that does not overflow
+    scale = run.scaler.get_scale()
+    assert run.scaler.is_enabled() and 1 <= scale < 2**16  # it found a scale that does not overflow
+    assert run.skipped == 16 - math.log2(scale)  # each batch that did halved it, and was counted
     run.sums.zero_()
     for _ in range(4):
         run.train_step()

@@ -152,6 +152,18 @@ def test_muon_equals_the_librarys():
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-4)  # a step moves a weight by 0.004
 
 
+def test_samples_and_records_are_in_the_format_of_the_run():
+    run = Training(replace(TINY, precision="bfloat16"))
+    network, z = run.average.module, torch.randn(100, 12, generator=torch.Generator().manual_seed(5))[:3]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, half = vitgan_nb.to_uint8(network(z)), run.discriminator.eval()(network(run.fixed_z).float()).float()
+    assert torch.equal(vitgan_nb.sample(network, 3, seed=5), expected)
+    torch.testing.assert_close(run.record()["fake"], half.mean().item())
+    network.config = replace(TINY, precision="float32")
+    full = vitgan_nb.sample(network, 3, seed=5)
+    assert torch.equal(full, vitgan_nb.to_uint8(network(z))) and not torch.equal(full, expected)
+
+
 def test_muon_in_float16_sees_small_gradients():
     gradient = torch.randn(2, 32, 64)
     for dtype in (torch.float16, torch.bfloat16):

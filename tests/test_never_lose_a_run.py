@@ -159,10 +159,54 @@ def test_n_and_n_steps_are_two_n(tiny, precision):
 def test_the_random_generator_goes_on(tiny):
     run = Training(tiny)
     run.train_step()
+    run.fixed_z += 1
     state = vitgan_nb.state_of(run)
     drawn = torch.rand(3).tolist()
-    vitgan_nb.restore(Training(tiny), state)
-    assert torch.rand(3).tolist() == drawn
+    other = Training(tiny)
+    vitgan_nb.restore(other, state)
+    assert torch.rand(3).tolist() == drawn and torch.equal(other.fixed_z, run.fixed_z)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(tiny):
+    train(replace(tiny, steps=2))
+    with pytest.raises(vitgan_nb.BadInput, match="seed 0 ≠ 1"):
+        train(replace(tiny, seed=1), resume=checkpoints(run_folder(tiny))[0])
+
+
+def test_grids_and_log_of_a_run(tiny):
+    train(replace(tiny, steps=40))
+    grids = sorted(int(path.stem[-9:]) for path in run_folder(tiny).glob("samples-*.png"))
+    log = [json.loads(line)["step"] for line in (run_folder(tiny) / "log.jsonl").read_text().splitlines()]
+    assert grids == [0, 16, 20, 32] and log == [20, 40]
+    assert (run_folder(tiny) / "samples.png").exists() and (run_folder(tiny) / "progress.png").exists()
+
+
+def test_minutes_end_a_run(tiny, capsys):
+    limited = replace(tiny, steps=0, minutes=0.05)
+    run = train(limited)
+    assert 3 <= run.seconds < 20 and len(run.history) == max(1, run.step // 20)
+    assert "Nothing to do" not in capsys.readouterr().out
+    assert train(limited).step == run.step and "Nothing to do" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_the_step_and_saves(tiny, monkeypatch, capsys):
+    step = Training.train_step
+
+    def train_step(run):
+        if run.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        step(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    assert train(tiny).step == 6 and "Interrupted at step 6." in capsys.readouterr().out
+    monkeypatch.undo()
+    with pytest.raises(vitgan_nb.BadInput, match="already holds a run"):
+        train(tiny, resume=False)
+    newest = checkpoints(run_folder(tiny))[0]
+    newest.write_bytes(newest.read_bytes()[:999])
+    assert train(replace(tiny, steps=3)).step == 3
+    told = capsys.readouterr().out
+    assert f"Skipped: {newest} is damaged" in told and "Resumed at step 0" in told
 
 
 def test_another_precision_goes_on_and_says_so(tiny, capsys):

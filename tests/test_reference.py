@@ -328,6 +328,7 @@ def test_two_training_steps(step_of, run, drawn, monkeypatch):
         for one in getattr(part, "each", ()):
             if isinstance(one, vitgan_nb.MatrixMuon):
                 one.dtype = torch.float64
+    assert run.step == 0 and run.seconds == 0
     run.step = 1  # the half-life of one image is not yet reached in this step, and is in the next
     theirs = {"generator": named(run.generator), "discriminator": named(run.discriminator),
               "average": named(run.average.module), "state_g": {}, "state_d": {}, "images": 7}  # fmt: skip
@@ -366,6 +367,27 @@ def test_two_training_steps(step_of, run, drawn, monkeypatch):
     if step_of is vitgan_nb.plain_step:
         layers = sum(name.endswith(".u") for name in theirs["discriminator"])
         assert len(power_steps) == 2 * 4 * layers  # none in the generator's half
+
+
+def test_record(run):
+    """The means of the losses since the last record, and those of the logits of now, both networks at rest meanwhile."""
+    for network in (run.generator, run.discriminator):
+        stirred(network, 0.1)
+    run.count(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0))
+    run.count(torch.tensor(2.0), torch.tensor(4.0), torch.tensor(9.0))
+    run.count(torch.tensor(7.0), torch.tensor(math.nan), torch.tensor(7.0))  # such a step does not count
+    run.seconds = 1.26
+    g, d = named(run.generator), named(run.discriminator)
+    entry = run.record()
+    fake = reference.generator(g, reference.mapping(g, run.fixed_z), **painting(SIZES))
+    real, held_out = (2 * images[:64].double() / 255 - 1 for images in (run.images, run.held_out))
+    expected = {"step": 3, "images": 21, "seconds": 1.3, "loss_d": 1.5, "consistency": 3.0, "loss_g": 6.0}
+    for name, images in (("real", real), ("held_out", held_out), ("fake", fake)):
+        expected[name] = reference.discriminator(d, images, patch_size=4, heads=2).mean().item()
+    assert_same(entry, expected)
+    assert run.history == [entry] and not run.sums.any()
+    assert run.generator.training and run.discriminator.training
+    assert_same([named(run.generator), named(run.discriminator)], [g, d])
 
 
 # Initial weights, sampling, data
@@ -453,9 +475,12 @@ def test_samples_of_a_run_are_of_the_average(run, tmp_path):
     stirred(run.average)
     average = named(run.average.module)
     assert torch.equal(run.samples(3), painted(average, run.fixed_z[:3]))
-    loaded = vitgan_nb.load_generator(vitgan_nb.save_checkpoint(run, tmp_path))
-    assert not loaded.training
-    assert_same(named(loaded), average)
+    with pytest.raises(vitgan_nb.BadInput, match="holds no checkpoint"):
+        vitgan_nb.load_generator(tmp_path)
+    for path in (vitgan_nb.save_checkpoint(run, tmp_path), tmp_path):
+        loaded = vitgan_nb.load_generator(path)
+        assert not loaded.training
+        assert_same(named(loaded), average)
 
 
 def test_average_starts_as_the_generator(run):
@@ -471,7 +496,7 @@ def test_held_out_images_are_not_trained_on(tmp_path):
             tmp_path / f"{k}.png"
         )
     folder = vitgan_nb.load_images(replace(SIZES, dataset="folder", data_root=str(tmp_path)))
-    assert len(folder[0]) + len(folder[1]) == 30
+    assert (len(folder[0]), len(folder[1])) == (27, 3)  # a tenth
     for train, held_out in (vitgan_nb.load_images(replace(SIZES, image_size=8)), folder):
         assert len(held_out) and not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in held_out}
 
@@ -500,3 +525,13 @@ def test_no_tensor_is_left_on_the_cpu(monkeypatch):
             images = vitgan_nb.diff_augment(images, policy)
             assert images.device.type == "meta"
         assert discriminator(images).shape == (7,)
+
+
+def test_batches_follow_from_seed_and_step():
+    """In another process too, which remembers no epoch and has drawn other numbers."""
+    orders = []
+    for _ in range(2):
+        vitgan_nb.epoch_order.cache_clear()
+        torch.rand(3)
+        orders.append(vitgan_nb.batch_indices(10, 4, 2, seed=7))
+    assert torch.equal(*orders)
