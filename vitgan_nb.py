@@ -27,7 +27,7 @@
 # ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
 #
 # *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU
-# 300,000 images, an hour and a half: FRD 762, see section 20).*
+# 350,000 images, an hour and a half: FRD 730, see section 20).*
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
@@ -3544,7 +3544,7 @@ def test_samples_follow_the_seed():
 # ## 21. Explore
 #
 # This shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the notebook, else the one that
-# you have just trained.
+# you have just trained. (The stored pictures are of it after 300,000 images; now it has seen 350,000.)
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -3666,9 +3666,9 @@ if LIVE:
 # convolutional networks, eight times faster, comes about as far in the same minutes: 1,058 after 38, one run, where
 # `smoke` has seen about 100,000 images and has 941 to 1,116.
 #
-# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. The best
-# run, of a SIREN of depth 2, stood still at 808 from 300,000 to 350,000 images, and a falling learning rate did not
-# help. A convolutional discriminator did about as well, a deeper one no better (one seed each), so neither alone seems
+# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. `smoke`, one
+# seed, trained on, had 761, 762 and 730 at 250,000, 300,000 and 350,000 images, recall 0.26, 0.29 and 0.31; one of SIREN
+# depth 2 stood still at 808, and a falling learning rate did not help it. A convolutional discriminator did about as well, a deeper one no better (one seed each), so neither alone seems
 # to hold it back. What does, we do not know.
 #
 # | part | paper | here | why |
