@@ -27,7 +27,7 @@
 # ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
 #
 # *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU
-# 350,000 images, an hour and a half: FRD 730, see section 20).*
+# 350,000 images, an hour and a half of processor time: FRD 730, see section 20).*
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
@@ -107,6 +107,7 @@ import copy
 import ctypes
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -2444,9 +2445,7 @@ class MatrixMuon(torch.optim.Optimizer):
 
     def __init__(self, matrices: list[nn.Parameter], rate: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": rate})
-        self.dtype, self.orthogonalize = dtype, orthogonalize_all
-        if matrices[0].is_cuda:  # some hundred small programs become one graph
-            self.orthogonalize = torch.compile(orthogonalize_all, mode="reduce-overhead", dynamic=False)
+        self.dtype, self.orthogonalize = dtype, orthogonalize_all  # section 18 compiles this on a GPU
 
     @torch.no_grad()
     def step(self):
@@ -2560,8 +2559,8 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # the plain gradient.</details>
 #
 # **Measured here.** 128 × 3 with a SIREN of depth 2: Adam 3,679 after 100,000 images (one seed); Muon 2,173, 1,614 and
-# 1,340. Of all that is not the SIREN, Muon helped most. Its learning rate halved: 3,601 and 3,321 against 2,771 and
-# 2,520 (48,000 images, 96 × 2), slower; doubled: 2,304 and 2,351, perhaps better.
+# 1,340. Its learning rate halved: 3,601 and 3,321 against 2,771 and 2,520 (48,000 images, 96 × 2), slower; doubled:
+# 2,304 and 2,351, perhaps better.
 
 # %% [markdown]
 # <a name="engine"></a>
@@ -2630,7 +2629,8 @@ class Training(Run):
     """A run with the fast step: one pass of 4B, lower precision, compiled on a GPU, over several processes.
 
     On one CPU, two runs of one seed are equal bit for bit. Under torchrun each process holds its share of every batch and
-    of its random numbers, and gradients are averaged over the processes: together they are one run. Raises `BadInput` for images that are not to be had.
+    of its random numbers, and gradients are averaged over the processes: together they are one run. Raises `BadInput`
+    for images that are not to be had.
     """
 
     parts = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler")
@@ -2657,12 +2657,16 @@ class Training(Run):
         self.synced_g, self.synced_d = self.generator, self.discriminator  # whose gradients are averaged over GPUs
         if self.world > 1:
             wrap = nn.parallel.DistributedDataParallel
-            self.synced_g, self.synced_d = (
-                wrap(n, broadcast_buffers=False) for n in (self.generator, self.discriminator)
-            )
+            new = "forward_sync_buffers" in inspect.signature(wrap).parameters  # the name since PyTorch 2.14
+            apart = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            self.synced_g, self.synced_d = (wrap(n, **apart) for n in (self.generator, self.discriminator))
         elif self.compiles:  # each as a whole, on a GPU replayed as a graph
             for objective in (self.discriminator_objective, self.generator_objective):
                 self.quick[objective.__name__] = torch.compile(objective, mode="reduce-overhead", dynamic=False)
+            if config.optimizer == "muon" and device.type == "cuda":  # some hundred small programs become one graph
+                quick = torch.compile(orthogonalize_all, mode="reduce-overhead", dynamic=False)
+                for optimizer in (self.optimizer_g, self.optimizer_d):
+                    optimizer.each[1].orthogonalize = functools.partial(self.orthogonalize, quick, optimizer.each[1])
         self.one_stream = OneStream(self.rank, self.world) if self.world > 1 else contextlib.nullcontext()
         torch.manual_seed(config.seed)  # from here on, what the steps draw
 
@@ -2714,9 +2718,7 @@ class Training(Run):
         except Exception as error:  # a compiler fails in many ways
             if name not in self.quick or no_memory(error):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            print(f"warning: {name} is not compiled ({reason}); training goes on without.", file=sys.stderr)
-            self.notes.append({"step": self.step, "not_compiled": name, "reason": reason})
+            self.tell_not_compiled(name, error)
             del self.quick[name]
             optimizer.zero_grad()
             return self.descend(objective, optimizer, *inputs)
@@ -2724,6 +2726,24 @@ class Training(Run):
         self.scaler.step(optimizer)
         optimizer.zero_grad()
         return terms
+
+    def tell_not_compiled(self, name: str, error: Exception):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        print(f"warning: {name} is not compiled ({reason}); training goes on without.", file=sys.stderr)
+        self.notes.append({"step": self.step, "not_compiled": name, "reason": reason})
+
+    def orthogonalize(
+        self, quick: Callable, muon: MatrixMuon, stacks: list[Tensor], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """`orthogonalize_all` by its compiled form `quick`; where that fails, that is told and the plain one stays."""
+        try:
+            return quick(stacks, dtype)
+        except Exception as error:
+            if no_memory(error):
+                raise
+            self.tell_not_compiled("orthogonalize_all", error)
+            muon.orthogonalize = orthogonalize_all
+            return orthogonalize_all(stacks, dtype)
 
     def discriminator_step(self) -> list[Tensor]:
         """One step of the discriminator. Returns its loss and the consistency."""

@@ -40,7 +40,7 @@ import torch
 ROOT, SCRIPT = conftest.ROOT, conftest.SCRIPT
 SOURCE = SCRIPT.read_bytes()  # columns in `ast` are of bytes
 GOALS = {"teaching": 0.95, "engine": 0.85}
-SECONDS = {"teaching": 10, "engine": 20}  # of tests for one edit; the first one runs however long it takes
+SECONDS = {"teaching": 10, "engine": 60}  # of tests for one edit; the first one runs however long it takes
 TESTS = {
     "teaching": ["vitgan_nb.py", "tests/test_reference.py", "tests/test_fast.py"],
     "engine": ["tests/test_never_lose_a_run.py", "tests/test_command_line.py", "tests/test_bad_input.py"],
@@ -136,17 +136,6 @@ SAME = {
         "balanced_consistency(d_fake_t, d(fake), config.bcr_fake)",
     ): "a difference is squared",
     (
-        "MatrixMuon.__init__",
-        'torch.compile(orthogonalize_all, mode="reduce-overhead", dynamic=False)',
-        "torch.compile(orthogonalize_all, dynamic=False)",
-    ): SPEED,
-    (
-        "MatrixMuon.__init__",
-        'torch.compile(orthogonalize_all, mode="reduce-overhead", dynamic=False)',
-        "torch.compile(orthogonalize_all, mode='reduce-overhead')",
-    ): SPEED,
-    ("MatrixMuon.__init__", "dynamic=False", "dynamic=True"): SPEED,
-    (
         "MatrixMuon.step",
         "torch._foreach_lerp(gradients, momenta, 0.5)",
         "torch._foreach_lerp(momenta, gradients, 0.5)",
@@ -158,12 +147,34 @@ SAME = {
     ): "the scaler then divides and skips by itself, and waits for the GPU",
     ("Muon", "found_inf, grad_scale = None, 1", "found_inf, grad_scale = None, 2"): "the scaler sets both or neither",
     ("kid", "k(a, b)", "k(b, a)"): "the mean over all pairs",
+    ("kid_of_thumbnails", "kid(x, y)", "kid(y, x)"): ORDER,
+    ("Training.__init__", "keep_freed_memory()", "pass"): SPEED,
+    (
+        "Run.autocast",
+        "torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)",
+        "torch.autocast(self.device.type, dtype=self.dtype)",
+    ): "autocast to float32 switches itself off, with a warning",
 }
-# Likewise, why nobody minds. Counted as missed.
+# (function, before, after) of what could be noticed: why nobody minds. Counted as missed.
 ANY_SMALL = "only against a division by 0: any small number serves"
 LEFT = {
     ("orthogonalized", "min=1e-30", "min=1.5e-30"): ANY_SMALL,
     ("orthogonalized", "min=1e-7", "min=1.5e-07"): ANY_SMALL,
+    ("load_images", "enumerate((10_000, 1_000))", "enumerate((10_000, 1001))"): "a choice",
+    ("batch_indices", "epoch_order(n, seed, e)", "epoch_order(n, e, seed)"): "another order, as good",
+    (
+        "run_folder",
+        "hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:6]",
+        "hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:7]",
+    ): "a choice",
+    (
+        "Keeper.take_back",
+        "15_485_863 * self.taken_back",
+        "(15485863 / self.taken_back)",
+    ): "other random numbers, as good",
+    ("Keeper.start", "self.by_time", "(not self.by_time)"): "how the bar counts",
+    ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
+    ("Keeper.after_step", "self.draw()", "pass"): "the live figure, in a notebook only",
 }
 
 OPPOSITE = {
@@ -408,7 +419,7 @@ def without_processes(event: str, _):
 def run_tests(source: bytes, tests: list[str], folder: Path, *more) -> int:
     """pytest on `source` as the module vitgan_nb; its exit status."""
     signal.alarm(900)
-    resource.setrlimit(resource.RLIMIT_CPU, (600 if more else 90, 600))  # the first run of all; an edit may never end
+    resource.setrlimit(resource.RLIMIT_CPU, (600 if more else 180, 600))  # the first run of all; an edit may never end
     os.environ.pop("VITGAN_DATA", None)
     os.environ["MPLBACKEND"] = "agg"
     os.chdir(folder)

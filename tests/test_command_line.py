@@ -1,5 +1,6 @@
 """The command line: what a run prints and leaves, going on, sampling, measuring, several processes."""
 
+import functools
 import json
 import math
 import signal
@@ -175,6 +176,22 @@ def test_what_is_not_compiled_is_told_at_the_end_and_in_the_log(tmp_path, monkey
     log = [json.loads(line) for line in only(tmp_path, "*/log.jsonl").read_text().splitlines()]
     told = [(note["not_compiled"], note["reason"]) for note in log if "not_compiled" in note]
     assert told == [(f"{name}_objective", "no compiler here") for name in ("discriminator", "generator")]
+
+
+def test_muon_goes_on_where_compiling_its_products_fails(capsys):
+    def broken(*_):
+        raise RuntimeError("no compiler here")
+
+    run, plain = (vitgan_nb.Training(vitgan_nb.TINY) for _ in range(2))
+    muon = run.optimizer_d.each[1]
+    muon.orthogonalize = functools.partial(run.orthogonalize, broken, muon)  # as for weights on a GPU
+    for each in (plain, run):
+        torch.manual_seed(0)
+        for _ in range(2):
+            each.train_step()
+    assert torch.equal(run.sums, plain.sums)
+    assert [note["not_compiled"] for note in run.notes] == ["orthogonalize_all"]
+    assert capsys.readouterr().err.count("is not compiled (no compiler here)") == 1
 
 
 def test_compiling_takes_nothing_off_the_minutes(tmp_path, monkeypatch, capsys):

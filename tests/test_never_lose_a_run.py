@@ -119,6 +119,7 @@ def test_killed_after_the_last_checkpoint_it_ends_again(tiny, capsys):
     files = {name: (folder / name).read_bytes() for name in at_the_end}
     (folder / "generator.safetensors").unlink()
     (folder / "samples.png").rename(folder / ".samples.png.partial")
+    (folder / ".samples-000000006.png.partial").touch()
     assert train(tiny).step == run.step and "Nothing to do" in capsys.readouterr().out
     assert {name: (folder / name).read_bytes() for name in at_the_end} == files
     assert not list(folder.glob(".*"))
@@ -181,12 +182,21 @@ def test_grids_and_log_of_a_run(tiny):
     assert (run_folder(tiny) / "samples.png").exists() and (run_folder(tiny) / "progress.png").exists()
 
 
-def test_minutes_end_a_run(tiny, capsys):
+def test_minutes_end_a_run(tiny, monkeypatch, capsys):
+    """By a clock that only steps move on, by a second each: three seconds are three steps."""
+    clock, step = {"now": 0.0}, Training.train_step
+
+    def train_step(run):
+        step(run)
+        clock["now"] += 1
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    monkeypatch.setattr(vitgan_nb.time, "monotonic", lambda: clock["now"])
     limited = replace(tiny, steps=0, minutes=0.05)
     run = train(limited)
-    assert 3 <= run.seconds < 20 and len(run.history) == max(1, run.step // 20)
+    assert run.step == run.seconds == 3 and len(run.history) == 1
     assert "Nothing to do" not in capsys.readouterr().out
-    assert train(limited).step == run.step and "Nothing to do" in capsys.readouterr().out
+    assert train(limited).step == 3 and "Nothing to do" in capsys.readouterr().out
 
 
 def test_an_interrupt_ends_the_step_and_saves(tiny, monkeypatch, capsys):
@@ -309,6 +319,12 @@ def test_loading_a_checkpoint_runs_no_program(tiny, tmp_path):
     with pytest.raises(vitgan_nb.BadInput, match="damaged or not a checkpoint"):
         load_checkpoint(tmp_path / "checkpoint-000000001.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_an_impossible_configuration_is_refused(tmp_path):
+    torch.save({"config": {"dim": 0}}, tmp_path / "checkpoint-000000001.pt")
+    with pytest.raises(vitgan_nb.BadInput, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "checkpoint-000000001.pt")
 
 
 def test_a_checkpoint_of_another_version_is_refused(tiny):

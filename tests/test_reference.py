@@ -514,6 +514,16 @@ def test_thumbnails():
             assert_same(found[:, :, row, column], field.sum((2, 3)) / 9 / 255)
 
 
+def test_kid_of_thumbnails():
+    """The mean over lots of equal size, and its standard error; four images are enough."""
+    a, b = (torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8) for n in (250, 320))
+    found, x, y = vitgan_nb.kid_of_thumbnails(a, b), vitgan_nb.thumbnails(a), vitgan_nb.thumbnails(b)
+    lots = [1000 * vitgan_nb.kid(x[k : k + 100], y[k : k + 100]).item() for k in (0, 100)]
+    assert_same(found["kid"], (lots[0] + lots[1]) / 2)
+    assert_same(found["error"], abs(lots[0] - lots[1]) / 2)  # of two: √2 / 2 of the difference, over √2
+    assert vitgan_nb.kid_of_thumbnails(a[:4], b)["samples"] == 4
+
+
 def test_no_tensor_is_left_on_the_cpu(monkeypatch):
     """On the meta device, which keeps shapes and no numbers, tensors of two devices do not add up."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
