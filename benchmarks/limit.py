@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +40,6 @@ class ConvolutionalStem(nn.Module):
         return self.layers(images).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
-def nothing(module: nn.Module) -> nn.Module:
-    return module
-
-
 VARIANTS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
     "as-it-is": ({}, {}),
     "no-bcr": ({}, {"bcr_real": 0.0, "bcr_fake": 0.0}),
@@ -54,12 +51,21 @@ VARIANTS = {  # name: (what takes the place of what in the notebook, changes of 
     "patches-of-2": ({}, {"patch_size": 2}),
     "no-overlap": ({"OverlappingPatchEmbedding": SeparatePatchEmbedding}, {}),
     "convolutional-stem": ({"OverlappingPatchEmbedding": ConvolutionalStem}, {}),
-    "no-spectral-norm": ({"improved_spectral_norm": nothing}, {}),
+    "no-spectral-norm": ({"improved_spectral_norm": lambda module: module}, {}),
     "dot-product-attention": ({"L2Attention": v.SelfAttention}, {}),
     "4-heads": ({}, {"heads": 4}),
     "adam": ({}, {"optimizer": "adam"}),
     "rate-0.002": ({}, {"learning_rate": 0.002}),
 }
+
+
+def variant(name: str, seed: int) -> tuple[v.Config, nn.Module]:
+    """The configuration of `smoke` and a fresh discriminator with what VARIANTS says under `name`."""
+    changed, fields = VARIANTS[name]
+    config = replace(v.PROFILES["smoke"], dataset="cifar10", seed=seed, **fields)
+    torch.manual_seed(seed)
+    with mock.patch.dict(vars(v), changed):
+        return config, v.Discriminator(config)
 
 
 def logits_of(discriminator: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,21 +86,12 @@ def main():
     parser.add_argument("--images", type=int, nargs="+", default=[16_000, 32_000], help="in ascending order")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    smoke = replace(v.PROFILES["smoke"], dataset="cifar10", seed=flags.seed)
-    real, real_test = v.load_images(smoke)
+    real, real_test = v.load_images(replace(v.PROFILES["smoke"], dataset="cifar10"))
     samples = v.sample(v.load_generator(flags.weights), 60_000, seed=1)
     fake, fake_test = samples[:50_000], samples[50_000:]
     dtype = v.number_format("auto", torch.device("cpu"))
     for name in flags.names:
-        changed, fields = VARIANTS[name]
-        config = replace(smoke, **fields)
-        kept = {attribute: getattr(v, attribute) for attribute in changed}
-        for attribute, value in changed.items():
-            setattr(v, attribute, value)
-        torch.manual_seed(flags.seed)
-        d = v.Discriminator(config)
-        for attribute, value in kept.items():
-            setattr(v, attribute, value)
+        config, d = variant(name, flags.seed)
         optimizer = (v.Muon if config.optimizer == "muon" else v.adam)(d.parameters(), config)
         step, seconds = 0, 0.0
         for mark in flags.images:
