@@ -2249,7 +2249,8 @@ class Run:
         z = self.fixed_z.to(self.device)
         with self.autocast():
             images = [to_float(self.images[:64]), to_float(self.held_out[:64]), self.generator.eval()(z).float()]
-            logits = self.discriminator.eval()(torch.cat(images)).float().split([len(part) for part in images])
+            self.discriminator.eval()
+            logits = [self.discriminator(part).float() for part in images]  # apart: section A's sees a batch as a whole
         self.generator.train()
         self.discriminator.train()
         values = torch.stack([*(self.sums[:-1] / self.sums[-1]), *(part.mean() for part in logits)]).tolist()
