@@ -4031,6 +4031,26 @@ def test_equalized_convolution_keeps_size():
 
 
 @check
+def test_residual_block_is_its_formula():
+    """Residual block: (convolutions + skip) / √2, both blurred before they halve, LeakyReLU 0.2 times √2"""
+    block, x, taps = ResidualBlock(4, 6), torch.randn(2, 4, 8, 8), torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    nn.init.normal_(block.conv1.bias)
+    nn.init.normal_(block.conv2.bias)
+
+    def act(t: Tensor) -> Tensor:
+        return math.sqrt(2) * torch.where(t > 0, t, 0.2 * t)
+
+    def blurred(t: Tensor, padding: int) -> Tensor:
+        t = F.pad(t, [padding] * 4).unfold(2, 4, 1).unfold(3, 4, 1)  # (2, 4, H, W, 4, 4)
+        return torch.einsum("bchwij,i,j->bchw", t, taps, taps)
+
+    one, two = (layer.weight.view(-1, 4, 3, 3) / math.sqrt(4 * 9) for layer in (block.conv1, block.conv2))
+    y = act(F.conv2d(blurred(act(F.conv2d(x, one, block.conv1.bias, padding=1)), 2), two, block.conv2.bias, stride=2))
+    skip = torch.einsum("bchw,oc->bohw", blurred(x, 1)[:, :, ::2, ::2], block.skip.weight / 2)
+    torch.testing.assert_close(block(x), (y + skip) / math.sqrt(2))
+
+
+@check
 def test_stylegan2_discriminator():
     """StyleGAN2's discriminator: free logits by groups of four, every weight has a part, about the ViT's size"""
     for size, blocks in ((8, 1), (16, 2), (64, 4)):

@@ -139,6 +139,25 @@ def test_any_bytes_are_an_image_or_named(content, head, tmp_path_factory):
         vitgan_nb.read_image(path, 16)
 
 
+def test_groups_of_four_in_every_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = replace(vitgan_nb.TINY, discriminator="stylegan2", batch_size=12)
+    with pytest.raises(BadInput, match="batch_size is 12, but must be a multiple of 8 .*in 2 processes"):
+        vitgan_nb.Training(config, "cpu")
+
+
+def test_what_other_networks_cannot_show_is_told(monkeypatch, capsys):
+    config = replace(vitgan_nb.TINY, discriminator="stylegan2", decoder="conv")
+    generator = vitgan_nb.Generator(config)
+    for name, value in (("explored", generator), ("config", config)):
+        monkeypatch.setattr(vitgan_nb, name, value, raising=False)
+    vitgan_nb.above_the_training_resolution()
+    vitgan_nb.attention_of_the_class_token()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    with pytest.raises(BadInput, match="4 × 4 pixels a patch and no others"):
+        generator.paint(torch.randn(1, 24), 8)
+
+
 @pytest.mark.parametrize("wrong", [dict(dim=96.0), dict(demodulate=1), dict(dataset=None), dict(betas=0.5)])
 def test_wrong_types(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
