@@ -77,7 +77,7 @@
 # **Training:** [15 Losses and consistency](#losses) · [16 The step](#step) · [17 Muon](#muon) ·
 # [18 Engine room](#engine) · [19 Train](#train) ·
 # **After:** [20 Measure](#measure) · [21 Explore](#explore) · [22 What we found](#found) · [23 Try next](#next) ·
-# [A Speed](#speed) · [B The command line](#command-line)
+# [A Other networks](#other-networks) · [C Speed](#speed) · [D The command line](#command-line)
 
 # %% [markdown]
 # <a name="settings"></a>
@@ -246,12 +246,15 @@ class Config:
     siren_depth: int = option(2, "modulated layers of the patch decoder, the one to RGB included")
     omega_0: float = option(1.0, "factor inside the sines of the patch decoder")
     demodulate: bool = option(False, "divide modulated weights by their norm, as StyleGAN2 does")
+    decoder: str = option("siren", "what paints the tokens: siren, or conv (convolutions)", "siren", "conv")
+    discriminator: str = option("vit", "vit, or stylegan2: StyleGAN2's convolutional one", "vit", "stylegan2")
     batch_size: int = option(128, "real images in a step, over all GPUs")
     optimizer: str = option("adam", "adam, or muon: Muon for the matrices, Adam for the other weights", "adam", "muon")
     learning_rate: float = option(0.002, "about how far a step moves a weight, both networks")
     betas: tuple[float, float] = option((0.0, 0.99), "of Adam")
     bcr_real: float = option(10.0, "weight of the consistency on real images")
     bcr_fake: float = option(10.0, "weight of the consistency on generated images")
+    r1: float = option(0.0, "weight of R1, a penalty on the discriminator's slope at real images; 0: none")
     augment: str = option("color,translation,cutout", "DiffAugment policy, comma-separated; empty for none")
     ema_half_life: int = option(500_000, "half-life of the moving average, in images seen (at most 5 % of them)")
     steps: int = option(0, "stop after this many steps; 0: no such limit")
@@ -290,6 +293,12 @@ class Config:
         need(self.dim % self.heads == 0, "dim", f"a multiple of heads ({self.heads})")
         need(self.dataset != "cifar10" or self.image_size == 32, "image_size", "32 for cifar10")
         need(self.dataset != "folder" or self.data_root != "", "data_root", "the folder of your images")
+        if self.decoder == "conv":
+            need(self.patch_size.bit_count() == 1, "patch_size", "a power of 2 for decoder conv")
+        if self.discriminator == "stylegan2":
+            power = self.image_size.bit_count() == 1 and self.image_size >= 8
+            need(power, "image_size", "a power of 2, 8 or more, for discriminator stylegan2")
+            need(self.batch_size % 4 == 0, "batch_size", "a multiple of 4 for discriminator stylegan2")
         unknown = set(filter(None, self.augment.split(","))) - {"color", "translation", "cutout"}
         need(not unknown, "augment", "made of color, translation and cutout, separated by commas")
 
@@ -1456,7 +1465,10 @@ class Generator(nn.Module):
             GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
         )
         self.norm = SelfModulatedLayerNorm(dim, dim)
-        self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
+        if config.decoder == "conv":
+            self.conv = ConvDecoder(dim, config.patch_size)  # section A
+        else:
+            self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
 
     def forward(self, z: Tensor, truncation: float = 1.0) -> Tensor:
         """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`."""
@@ -1472,6 +1484,8 @@ class Generator(nn.Module):
 
     def paint(self, w: Tensor, resolution: int) -> Tensor:
         """Styles (B, D) -> images of `resolution` × `resolution` pixels a patch, (B, 3, grid · resolution, same)."""
+        if self.config.decoder == "conv":
+            return self.conv(self.tokens(w), resolution)
         pixels = patch_centres(resolution, w.device)  # (M, 2), M = resolution²
         return patches_to_image(self.siren(self.tokens(w), pixels), self.config.grid, resolution)
 
@@ -2204,7 +2218,10 @@ class Run:
         self.config, self.device, self.dtype = config, torch.device(device), torch.float32
         self.images, self.held_out = images.to(device), held_out.to(device)  # uint8 (M, 3, H, W) each
         torch.manual_seed(config.seed)
-        self.generator, self.discriminator = Generator(config).to(device), Discriminator(config).to(device)
+        judge = (
+            StyleGAN2Discriminator if config.discriminator == "stylegan2" else Discriminator
+        )  # section A has the first
+        self.generator, self.discriminator = Generator(config).to(device), judge(config).to(device)
         self.average = moving_average(self.generator)
         kind = Muon if config.optimizer == "muon" else adam  # Muon is section 17's
         self.optimizer_g, self.optimizer_d = (
@@ -2232,7 +2249,8 @@ class Run:
         z = self.fixed_z.to(self.device)
         with self.autocast():
             images = [to_float(self.images[:64]), to_float(self.held_out[:64]), self.generator.eval()(z).float()]
-            logits = self.discriminator.eval()(torch.cat(images)).float().split([len(part) for part in images])
+            self.discriminator.eval()
+            logits = [self.discriminator(part).float() for part in images]  # apart: section A's sees a batch as a whole
         self.generator.train()
         self.discriminator.train()
         values = torch.stack([*(self.sums[:-1] / self.sums[-1]), *(part.mean() for part in logits)]).tolist()
@@ -2260,6 +2278,8 @@ def plain_step(run: Run):
     loss_d = discriminator_loss(d_real_t, d_fake_t)
     consistency = balanced_consistency(d(real), d_real_t, config.bcr_real)
     consistency = consistency + balanced_consistency(d(fake), d_fake_t, config.bcr_fake)
+    if config.r1 and run.step % R1_EVERY == 0:  # section A; off in every profile
+        consistency = consistency + slope_penalty(d, real, R1_EVERY * config.r1)
     run.optimizer_d.zero_grad()
     (loss_d + consistency).backward()
     run.optimizer_d.step()
@@ -2584,7 +2604,7 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # * **Not finite**: weights or buffers that are infinite or NaN are never saved; the run goes back to its last
 #   checkpoint and on with other random numbers, three times at most between two sound checkpoints. A full disk is told
 #   and does not end the run.
-# * **Several GPUs**: the same loop under `torchrun` ([A](#speed)).
+# * **Several GPUs**: the same loop under `torchrun` ([C](#speed)).
 #
 # A run's folder is named after the configuration. Change that, and a new folder starts, unless it is only how long, how
 # precisely, compiled or not, or where CIFAR-10 lies.
@@ -2641,6 +2661,9 @@ class Training(Run):
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         if config.batch_size % self.world:
             raise BadInput(f"batch_size is {config.batch_size}, but must be a multiple of the {self.world} processes.")
+        if config.discriminator == "stylegan2" and config.batch_size % (4 * self.world):  # groups of 4 in each
+            accepted = f"a multiple of {4 * self.world} for discriminator stylegan2 in {self.world} processes"
+            raise BadInput(f"batch_size is {config.batch_size}, but must be {accepted}.")
         if device.type == "cpu":
             keep_freed_memory()
         elif (device.index or 0) < torch.cuda.device_count():
@@ -2705,15 +2728,23 @@ class Training(Run):
             fake = self.synced_g(self.latents(self.config.batch_size // self.world))  # (B, 3, H, W)
             return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment)).float()),)
 
-    def descend(self, objective: Callable, optimizer: torch.optim.Optimizer | Muon, *inputs: Tensor) -> list[Tensor]:
+    def descend(
+        self,
+        objective: Callable,
+        optimizer: torch.optim.Optimizer | Muon,
+        *inputs: Tensor,
+        more: Callable | None = None,
+    ) -> list[Tensor]:
         """One step of `optimizer` down the gradient of the sum of what `objective` gives for `inputs`; returns that.
 
-        Where the compiled objective fails, forwards or backwards, that is told and the plain one takes its place.
+        What `more` gives for `inputs`, never compiled, is added to the last term. Where the compiled objective fails, forwards or backwards, that is told and the plain one takes its place.
         """
         name = objective.__name__
         torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
         try:
             terms = self.quick.get(name, objective)(*inputs)
+            if more:
+                terms = [*terms[:-1], terms[-1] + more(*inputs)]
             self.scaler.scale(sum(terms)).backward()
         except Exception as error:  # a compiler fails in many ways
             if name not in self.quick or no_memory(error):
@@ -2721,7 +2752,7 @@ class Training(Run):
             self.tell_not_compiled(name, error)
             del self.quick[name]
             optimizer.zero_grad()
-            return self.descend(objective, optimizer, *inputs)
+            return self.descend(objective, optimizer, *inputs, more=more)
         terms = [term.detach().clone() for term in terms]
         self.scaler.step(optimizer)
         optimizer.zero_grad()
@@ -2749,7 +2780,11 @@ class Training(Run):
         """One step of the discriminator. Returns its loss and the consistency."""
         config = self.config
         indices = batch_indices(len(self.images), config.batch_size, self.step, config.seed)[self.rank :: self.world]
-        return self.descend(self.discriminator_objective, self.optimizer_d, real_batch(self.images, indices))
+        penalty = None
+        if config.r1 and self.step % R1_EVERY == 0:  # as in the plain step, in float32
+            penalty = functools.partial(slope_penalty, self.discriminator, weight=R1_EVERY * config.r1)
+        real = real_batch(self.images, indices)
+        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty)
 
     def generator_step(self) -> list[Tensor]:
         """One step of the generator and of its average. Returns the loss."""
@@ -2803,11 +2838,13 @@ class Training(Run):
 
 
 FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "compile"}  # in a run that goes on
+ADDED_LATER = {"decoder": "siren", "discriminator": "vit", "r1": 0.0}  # not in the name of a run that is as before
 
 
 def run_folder(config: Config) -> Path:
     """The folder of a run: what it is, and a digest of all fields that make it another run."""
     fixed = {name: value for name, value in sorted(asdict(config).items()) if name not in FREE_TO_CHANGE}
+    fixed = {name: value for name, value in fixed.items() if ADDED_LATER.get(name) != value}
     if config.dataset == "folder":
         fixed["data_root"] = str(Path(config.data_root).expanduser().resolve())
     digest = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:6]
@@ -3301,9 +3338,9 @@ def trained(steps: int, seed: int = 0) -> Training:
 
 
 @check
-def test_fast_step_is_the_plain_step():
+def test_fast_step_is_the_plain_step(**other):
     """Engine: one fast step gives the losses and all gradients of the plain one"""
-    config = replace(TINY, augment="", optimizer="adam", learning_rate=1e-12, bcr_real=2.0, bcr_fake=3.0)
+    config = replace(TINY, augment="", optimizer="adam", learning_rate=1e-12, bcr_real=2.0, bcr_fake=3.0, **other)
     found = []  # hardly a step: the plain form's further power steps then find what the first one found
     for run, step in ((Run(config, *load_images(config)), plain_step), (Training(config, "cpu"), Training.train_step)):
         found.append([run.sums])
@@ -3344,7 +3381,7 @@ def test_seed_decides_everything():
 # * **Losses.** They measure a balance and do not go down as in classification. A discriminator that only guesses has a
 #   loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays below its
 #   line but well above 0, so that there is something to learn from it. *consistency* is the bCR term, not part of
-#   *loss_d*.
+#   *loss_d*; R1 of section A is counted with it.
 # * **Logits.** *real* above *fake*. The gap is wide at first, narrows, and may widen again; it should neither vanish
 #   nor run away. *held out* are real images that it never trains on: when they drift from *real* to *fake*, the
 #   discriminator is learning the training images by heart.
@@ -3613,6 +3650,9 @@ def truncation():
 @demo
 @torch.no_grad()
 def above_the_training_resolution():
+    if explored.config.decoder == "conv":
+        print("A convolutional decoder paints the image as a whole, at the training resolution only.")
+        return
     side = explored.config.patch_size
     w = explored.mapping(torch.randn(6, explored.config.latent_dim, device=run.device))
     coarse, fine = explored.paint(w, side), explored.paint(w, 4 * side)
@@ -3633,6 +3673,9 @@ def above_the_training_resolution():
 @demo
 @torch.no_grad()
 def attention_of_the_class_token():
+    if config.discriminator != "vit":
+        print("This discriminator has no attention to look at.")
+        return
     discriminator, images = run.discriminator.eval(), to_float(held_out_images[:8]).to(run.device)
     *others, last = discriminator.blocks
     h = nn.Sequential(*others)(discriminator.tokens(images))
@@ -3739,14 +3782,16 @@ if LIVE:
 #   [arXiv:1710.10196](https://arxiv.org/abs/1710.10196)
 # * Karras, Laine & Aila (2019). *A style-based generator architecture* (mapping network, truncation). CVPR.
 #   [arXiv:1812.04948](https://arxiv.org/abs/1812.04948)
-# * Karras et al. (2020). *Analyzing and improving the image quality of StyleGAN* (StyleGAN2: weight modulation). CVPR.
-#   [arXiv:1912.04958](https://arxiv.org/abs/1912.04958)
+# * Karras et al. (2020). *Analyzing and improving the image quality of StyleGAN* (StyleGAN2: weight modulation,
+#   convolutional discriminator). CVPR. [arXiv:1912.04958](https://arxiv.org/abs/1912.04958)
 # * Karras et al. (2020a). *Training generative adversarial networks with limited data* (warm-up of the average).
 #   NeurIPS. [arXiv:2006.06676](https://arxiv.org/abs/2006.06676)
 # * Kim, Papamakarios & Mnih (2021). *The Lipschitz constant of self-attention* (L2 attention). ICML.
 #   [arXiv:2006.04710](https://arxiv.org/abs/2006.04710)
 # * Lee, Chang, Jiang, Zhang, Tu & Liu (2022). *ViTGAN: Training GANs with Vision Transformers*. ICLR.
 #   [arXiv:2107.04589](https://arxiv.org/abs/2107.04589)
+# * Mescheder, Geiger & Nowozin (2018). *Which training methods for GANs do actually converge?* (R1). ICML.
+#   [arXiv:1801.04406](https://arxiv.org/abs/1801.04406)
 # * Miyato, Kataoka, Koyama & Yoshida (2018). *Spectral normalization for GANs*. ICLR.
 #   [arXiv:1802.05957](https://arxiv.org/abs/1802.05957)
 # * Sitzmann, Martel, Bergman, Lindell & Wetzstein (2020). *Implicit neural representations with periodic activation
@@ -3761,8 +3806,299 @@ if LIVE:
 
 
 # %% [markdown]
+# <a name="other-networks"></a>
+# ## A. Other networks
+#
+# Two parts of the paper's experiments that no profile uses. Run this section, then train with them, from a cell or by
+# flags of the same names: `train(replace(config, discriminator="stylegan2", r1=0.1, decoder="conv"))`.
+#
+# **`discriminator="stylegan2"`**: the paper's lowest FID on CIFAR-10, 4.57, is of its generator with the convolutional
+# discriminator of StyleGAN2 (Karras et al. 2020). Residual blocks halve the side until it is 4; before each halving
+# images are blurred, or what lies between the pixels that are kept would be lost or appear as a pattern. It has $D$
+# channels at 4 × 4 and half as many at each doubling of the side, 16 at least: 0.56 M weights for `smoke`. One feature
+# at 4 × 4, the *minibatch deviation*, is not of an image but of four: how much they differ. A generator that paints
+# one image again and again betrays itself there. Groups are of four neighbours in the batch, so that real and
+# generated images never meet in one, and each of several processes forms its own.
+#
+# **`r1`**: this discriminator has no spectral normalisation. In its place R1 (Mescheder et al. 2018) asks that it be
+# flat where the real images are, with either discriminator:
+#
+# $$L_{R_1} = \frac\gamma2\,\mathbb E\,\lVert\nabla_{\!x} D(x)\rVert^2$$
+#
+# on real images as they are, in one step of 16 with $16\gamma$, in float32 and never compiled. Plain descent would go
+# as far as with $\gamma$ in every step; Adam and Muon, whose steps do not grow with the gradient, go less far.
+#
+# **`decoder="conv"`**: tokens are the pixels of a $\sqrt N \times \sqrt N$ image of $D$ channels; each stage doubles
+# the side and halves the channels, 16 at least, up to the image. Patches are not painted one by one, so neighbours can
+# fit together, and there is no other resolution to paint at.
+#
+# **Measured here**: nothing yet; `python benchmarks/forks.py stylegan2 --minutes 30` is a run, `conv-decoder` the other.
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Other networks: convolutions, StyleGAN2's discriminator, R1, the convolutional decoder
+def channels(dim: int, doublings: int) -> int:
+    """Channels after so many doublings of the side, where `dim` are at the smallest."""
+    return max(16, dim >> doublings)
+
+
+def leaky(x: Tensor) -> Tensor:
+    """LeakyReLU that keeps the size of its input (Karras et al. 2020)."""
+    return math.sqrt(2) * F.leaky_relu(x, 0.2)
+
+
+class EqualizedConv(EqualizedLinear):
+    """A convolution, weights N(0, 1) and scaled in use by 1 / √(fan in) (Karras et al. 2018, Section 4.1).
+
+    (B, in_channels, H, W) -> (B, out_channels, H, W) with stride 1. With stride 2 nothing is added at the border. The
+    weight is stored as a matrix, which Muon takes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias: bool = True):
+        super().__init__(in_channels * kernel**2, out_channels, bias)
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.normalise(self.weight) * self.weight_gain).unflatten(1, (-1, self.kernel, self.kernel))
+        padding = self.kernel // 2 if self.stride == 1 else 0
+        return F.conv2d(x, weight, self.bias, self.stride, padding)  # (B, out, H / stride, W / stride)
+
+
+class Blur(nn.Module):
+    """Each channel by [1, 3, 3, 1] / 8 in both directions (Karras et al. 2020, as in StyleGAN). (B, C, H, W) -> same C."""
+
+    def __init__(self):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)  # (1, 1, 4, 4)
+
+    def forward(self, x: Tensor, padding: int, stride: int = 1) -> Tensor:
+        return F.conv2d(x, self.kernel.expand(x.shape[1], -1, -1, -1), None, stride, padding, groups=x.shape[1])
+
+
+class ResidualBlock(nn.Module):
+    """Halves the side (Karras et al. 2020, Section 4.1). (B, in_channels, H, W) -> (B, out_channels, H / 2, W / 2).
+
+    Both ways put each new pixel in the middle of the four that it stands for.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = EqualizedConv(in_channels, in_channels, 3)
+        self.conv2 = EqualizedConv(in_channels, out_channels, 3, stride=2)
+        self.skip = EqualizedConv(in_channels, out_channels, 1, bias=False)
+        self.blur = Blur()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = leaky(self.conv2(self.blur(leaky(self.conv1(x)), padding=2)))  # (B, out, H / 2, W / 2)
+        return (y + self.skip(self.blur(x, padding=1, stride=2))) / math.sqrt(2)  # (B, out, H / 2, W / 2)
+
+
+def with_minibatch_deviation(h: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C + 1, H, W): how much an image's group differs, as one more channel (Karras et al. 2018, Section 3).
+
+    Four neighbours in the batch are a group, and what is left at its end. The standard deviation over the group, averaged
+    over channels and places.
+    """
+    whole = len(h) // 4
+    groups = [h[: 4 * whole].unflatten(0, (whole, 4)), h[None, 4 * whole :]]  # (groups, images, C, H, W) each
+    deviations = [  # (images,) each
+        (group.float().var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))[:, None].expand(group.shape[:2]).flatten()
+        for group in groups
+        if group.numel()
+    ]
+    deviation = torch.cat(deviations).to(h.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+    return torch.cat([h, deviation.expand(-1, 1, *h.shape[2:])], dim=1)  # (B, C + 1, H, W)
+
+
+class StyleGAN2Discriminator(nn.Module):
+    """The residual discriminator of StyleGAN2 (Karras et al. 2020, Section 4.1), sized by a `Config`.
+
+    Not normalised; see `slope_penalty`. Logits depend on the images beside, through `with_minibatch_deviation`.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        halvings = int(math.log2(config.image_size)) - 2  # down to 4 × 4
+        widths = [channels(config.dim, k) for k in range(halvings, -1, -1)]
+        self.rgb = EqualizedConv(3, widths[0], 1)
+        self.blocks = nn.Sequential(*map(ResidualBlock, widths[:-1], widths[1:]))
+        self.conv = EqualizedConv(widths[-1] + 1, widths[-1], 3)
+        self.linear = EqualizedLinear(16 * widths[-1], widths[-1])
+        self.head = EqualizedLinear(widths[-1], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated"."""
+        h = self.blocks(leaky(self.rgb(images)))  # (B, C, 4, 4)
+        h = leaky(self.conv(with_minibatch_deviation(h)))  # (B, C, 4, 4)
+        return self.head(leaky(self.linear(h.flatten(1))))[:, 0]  # (B,)
+
+
+R1_EVERY = 16  # steps; the penalty weighs as many times as much (Karras et al. 2020, "Lazy regularization")
+
+
+def slope_penalty(discriminator: nn.Module, images: Tensor, weight: float) -> Tensor:
+    """R1: weight / 2 · E ‖∇D(x)‖² over `images` (B, 3, H, W), a scalar (Mescheder et al. 2018, Section 4.1)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    images = images.detach().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        (slope,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # (B, 3, H, W)
+    return weight / 2 * slope.square().sum((1, 2, 3)).mean()
+
+
+class ConvDecoder(nn.Module):
+    """Paints the image from its tokens (B, N, dim) by convolutions: (B, 3, √N · patch_size, same).
+
+    Each stage doubles the side by repeating pixels, then a 3 × 3 convolution and `leaky`. Raises `BadInput` for a
+    `resolution` that is not `patch_size`.
+    """
+
+    def __init__(self, dim: int, patch_size: int):
+        super().__init__()
+        widths = [dim] + [channels(dim, k + 1) for k in range(int(math.log2(patch_size)))]
+        self.patch_size = patch_size
+        self.stages = nn.ModuleList(EqualizedConv(a, b, 3) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.rgb = EqualizedConv(widths[-1], 3, 3)
+
+    def forward(self, y: Tensor, resolution: int) -> Tensor:
+        if resolution != self.patch_size:
+            raise BadInput(f"decoder conv paints {self.patch_size} × {self.patch_size} pixels a patch and no others.")
+        side = math.isqrt(y.shape[1])
+        x = y.transpose(1, 2).unflatten(2, (side, side))  # (B, D, √N, √N)
+        for conv in self.stages:
+            x = leaky(conv(F.interpolate(x, scale_factor=2.0)))  # (B, C, 2 · side, 2 · side)
+        return self.rgb(x)  # (B, 3, H, W)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Check: other networks
+@check
+def test_slope_penalty():
+    """R1: of x·Ax it is weight / 2 · E ‖(A + Aᵀ)x‖², and its gradient by A is the formula's"""
+    a, x = torch.randn(48, 48, dtype=torch.double, requires_grad=True), torch.randn(5, 3, 4, 4, dtype=torch.double)
+
+    def quadratic(images: Tensor) -> Tensor:
+        return torch.einsum("bi,ij,bj->b", images.flatten(1), a, images.flatten(1))
+
+    slope = (a + a.T) @ x.flatten(1).T  # (48, 5)
+    penalty, formula = slope_penalty(quadratic, x, 3.0), 3 / 2 * slope.square().sum() / 5
+    torch.testing.assert_close(penalty, formula)
+    torch.testing.assert_close(torch.autograd.grad(penalty, a), torch.autograd.grad(formula, a))
+
+
+@check
+def test_minibatch_deviation():
+    """Minibatch deviation: the standard deviation over four neighbours, averaged; alike images have none"""
+    h = torch.randn(11, 5, 4, 4)
+    h[4:8] = h[4]
+    y = with_minibatch_deviation(h)
+    assert y.shape == (11, 6, 4, 4) and torch.equal(y[:, :5], h)
+    expected = [np.std(h[i : i + 4].numpy(), axis=0).mean() for i in (0, 4, 8)]
+    expected = torch.tensor(expected).repeat_interleave(4)[:11, None, None].expand(-1, 4, 4)
+    torch.testing.assert_close(y[:, 5], expected, rtol=1e-4, atol=1.1e-4)  # √1e-8 where there is none
+
+
+@check
+def test_blur():
+    """Blur: its taps in both directions, sum 1, and halving a ramp moves nothing"""
+    blur, dot, taps = Blur(), torch.zeros(1, 2, 9, 9), torch.tensor([1.0, 3.0, 3.0, 1.0])
+    dot[0, 0, 4, 4] = 64
+    spread = blur(dot, padding=2)  # (1, 2, 10, 10)
+    torch.testing.assert_close(spread[0, 0, 3:7, 3:7], taps[:, None] * taps)
+    assert spread.sum() == 64 and (spread[0, 1] == 0).all()
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16) + 100 * torch.arange(16.0)[:, None]  # row and column in each pixel
+    middle = F.avg_pool2d(ramp, 2)  # of the four pixels that a new one stands for
+    torch.testing.assert_close(blur(ramp, padding=1, stride=2)[..., 1:-1, 1:-1], middle[..., 1:-1, 1:-1])
+    three = F.avg_pool2d(blur(ramp, padding=2), 3, stride=2)  # what a 3 × 3 convolution of stride 2 looks at
+    torch.testing.assert_close(three[..., 2:-2, 2:-2], middle[..., 2:-2, 2:-2])
+
+
+@check
+def test_equalized_convolution_keeps_size():
+    """Equalized convolution: weights N(0, 1), is the library's convolution, and keeps the size of its input"""
+    x = torch.randn(8, 32, 16, 16)
+    for kernel, stride in ((3, 1), (3, 2), (1, 1)):
+        conv = EqualizedConv(32, 64, kernel, stride)
+        assert abs(conv.weight.std() - 1) < 0.05
+        torch.nn.init.normal_(conv.bias)
+        like = nn.Conv2d(32, 64, kernel, stride, kernel // 2 if stride == 1 else 0)
+        like.weight.data = conv.weight.data.view_as(like.weight) / math.sqrt(32 * kernel**2)
+        like.bias.data = conv.bias.data
+        torch.testing.assert_close(conv(x), like(x), rtol=1e-4, atol=1e-5)
+        inner = (conv(x) - conv.bias[:, None, None])[..., 1:-1, 1:-1]
+        assert 0.9 < inner.std() < 1.1 and 0.9 < leaky(inner).square().mean().sqrt() < 1.2
+
+
+@check
+def test_residual_block_is_its_formula():
+    """Residual block: (convolutions + skip) / √2, both blurred before they halve, LeakyReLU 0.2 times √2"""
+    block, x, taps = ResidualBlock(4, 6), torch.randn(2, 4, 8, 8), torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    nn.init.normal_(block.conv1.bias)
+    nn.init.normal_(block.conv2.bias)
+
+    def act(t: Tensor) -> Tensor:
+        return math.sqrt(2) * torch.where(t > 0, t, 0.2 * t)
+
+    def blurred(t: Tensor, padding: int) -> Tensor:
+        t = F.pad(t, [padding] * 4).unfold(2, 4, 1).unfold(3, 4, 1)  # (2, 4, H, W, 4, 4)
+        return torch.einsum("bchwij,i,j->bchw", t, taps, taps)
+
+    one, two = (layer.weight.view(-1, 4, 3, 3) / math.sqrt(4 * 9) for layer in (block.conv1, block.conv2))
+    y = act(F.conv2d(blurred(act(F.conv2d(x, one, block.conv1.bias, padding=1)), 2), two, block.conv2.bias, stride=2))
+    skip = torch.einsum("bchw,oc->bohw", blurred(x, 1)[:, :, ::2, ::2], block.skip.weight / 2)
+    torch.testing.assert_close(block(x), (y + skip) / math.sqrt(2))
+
+
+@check
+def test_stylegan2_discriminator():
+    """StyleGAN2's discriminator: free logits by groups of four, every weight has a part, about the ViT's size"""
+    for size, blocks in ((8, 1), (16, 2), (64, 4)):
+        discriminator = StyleGAN2Discriminator(replace(TINY, image_size=size, discriminator="stylegan2"))
+        images = torch.rand(8, 3, size, size) * 2 - 1
+        logits = discriminator(images)
+        assert logits.shape == (8,) and len(discriminator.blocks) == blocks
+        torch.testing.assert_close(logits, torch.cat([discriminator(images[:4]), discriminator(images[4:])]))
+        assert not torch.allclose(logits[:4], discriminator(images[:1].expand(4, -1, -1, -1)))
+        logits.square().sum().backward()
+        assert all(weight.grad.abs().max() > 0 for weight in discriminator.parameters())
+        discriminator.head.bias.data -= 5
+        torch.testing.assert_close(discriminator(images), logits - 5)  # no activation after the head
+    for profile in ("smoke", "paper"):
+        networks = (kind(PROFILES[profile]) for kind in (StyleGAN2Discriminator, Discriminator))
+        ours, vit = (sum(weight.numel() for weight in network.parameters()) for network in networks)
+        assert 0.6 < ours / vit < 1.2, (profile, ours, vit)
+
+
+@check
+def test_conv_decoder():
+    """Convolutional decoder: the image's shape; a token moves its patch and the eight around it, no more"""
+    for patch_size in (2, 4, 8):
+        decoder, y = ConvDecoder(24, patch_size), torch.randn(2, 25, 24)  # 5 × 5 patches
+        image, changed = decoder(y, patch_size), y.clone()
+        assert image.shape == (2, 3, 5 * patch_size, 5 * patch_size)
+        changed[0, 7] += 1  # row 1, column 2
+        moved = (decoder(changed, patch_size) - image).abs().sum(1) > 0  # (2, H, W)
+        near = torch.zeros_like(moved)
+        near[0, : 3 * patch_size, patch_size : 4 * patch_size] = True
+        assert torch.equal(moved, near)
+    generator = Generator(replace(TINY, decoder="conv"))
+    images = generator(torch.randn(3, TINY.latent_dim))
+    assert images.shape == (3, 3, 16, 16) and (images[0] - images[1]).abs().mean() > 0.1
+    (images * torch.randn(3, 3, 16, 16)).sum().backward()
+    assert all(weight.grad.abs().max() > 0 for weight in generator.parameters())
+
+
+@check
+def test_fast_step_is_the_plain_step_with_other_networks():
+    """Engine: the fast step is the plain one also with R1, StyleGAN2's discriminator, the convolutional decoder"""
+    for other in ({"r1": 1.0}, {"discriminator": "stylegan2", "r1": 1.0}, {"decoder": "conv"}):
+        test_fast_step_is_the_plain_step(**other)
+
+
+# %% [markdown]
 # <a name="speed"></a>
-# ## A. Speed, and more than one GPU
+# ## C. Speed, and more than one GPU
 #
 # A training step at the paper's size is 17.4 GFLOP an image. How fast the machine multiplies matrices sets the limit;
 # `python vitgan_nb.py benchmark --profile paper` prints the share of that limit that is reached. Each fast form but the
@@ -3792,7 +4128,7 @@ if LIVE:
 
 # %% [markdown]
 # <a name="command-line"></a>
-# ## B. The command line
+# ## D. The command line
 #
 # Outside a notebook this file is a program: `python vitgan_nb.py train|sample|export|evaluate|benchmark --help`.
 
@@ -3895,7 +4231,7 @@ def benchmark(config: Config, repeats: int = 5) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        Training(replace(config, compile=False)).train_step()
+        Training(replace(config, compile=False, r1=0.0)).train_step()  # R1 is not of most steps, nor of the median
     flop, run = counter.get_total_flops() / config.batch_size, Training(config)
     cuda = run.device.type == "cuda"
 

@@ -122,23 +122,27 @@ ABLATIONS = {  # name: (what takes the place of what in the notebook, changes of
 }
 
 
-def train_changed(config: v.Config, changed: dict, images: list[int]) -> Iterator[tuple[dict, np.ndarray]]:
+def train_changed(
+    config: v.Config, changed: dict, images: list[int], minutes: float = 0.0
+) -> Iterator[tuple[dict, np.ndarray]]:
     """Train by `config` with parts of the notebook `changed`, {name: what takes its place}.
 
-    At each number of `images` gives what the run came to, and 2,000 samples (N, H, W, 3), uint8.
+    At each number of `images`, or once after so many `minutes`, gives what the run came to, and 2,000 samples
+    (N, H, W, 3), uint8. Minutes are of the processor, all threads together, or of the clock on a GPU.
     """
     kept = {attribute: getattr(v, attribute) for attribute in changed}
     for attribute, value in changed.items():
         setattr(v, attribute, value)
     try:
         run = v.Training(config)
-        seconds = 0.0
-        for mark in images:
-            start = time.perf_counter()
-            while run.step * run.config.batch_size < mark:
+        seconds, limit = 0.0, 60 * minutes or math.inf
+        clock = time.process_time if minutes and run.device.type == "cpu" else time.perf_counter
+        for mark in [math.inf] if minutes else images:
+            start = clock()
+            while run.step * run.config.batch_size < mark and clock() - start < limit:
                 run.train_step()
             entry = run.record()
-            seconds += time.perf_counter() - start
+            seconds += clock() - start
             logits = {key: round(entry[key], 2) for key in v.LOGITS}
             samples = v.sample(run.average.module, 2000).permute(0, 2, 3, 1).numpy()
             yield {"seed": config.seed, "images": entry["images"], "seconds": round(seconds), **logits}, samples

@@ -1,11 +1,13 @@
 """Train one model with a single thing changed, and leave samples on the way: the runs by which settings are decided.
 
-    python benchmarks/forks.py NAME [--profile small] [--images 24000 36000 48000] [--seed 0] [--out runs/forks]
+    python benchmarks/forks.py NAME [--profile small] [--images 24000 36000 48000 | --minutes M] [--seed 0]
+        [--out runs/forks]
 
 `small` is `smoke` at 96 x 2, with 6 heads and a SIREN of depth 2, and its position embedding starts with waves of a turn
 across the image, where no other is named. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8
-(N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON at each number of images. What is there already is not
-trained again.
+(N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON at each number of images. With `--minutes` it stops
+after so long, samples and measuring not counted, and leaves samples once, with the images seen in their name: what is
+slower has seen fewer. Minutes are of the processor, or of the clock on a GPU. What is there already is not trained again.
 """
 
 import argparse
@@ -111,6 +113,8 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
         {"Training": PenalisedWarmedUpTraining},
         {"bcr_real": 1.0, "bcr_fake": 1.0},
     ),  # the authors', but for 3,000 steps of warm-up
+    "stylegan2": ({}, {"discriminator": "stylegan2", "r1": 0.1}),
+    "conv-decoder": ({}, {"decoder": "conv"}),
 }
 
 
@@ -119,18 +123,24 @@ def main():
     parser.add_argument("name", choices=FORKS)
     parser.add_argument("--profile", choices=["small", *v.PROFILES], default="small")
     parser.add_argument("--images", type=int, nargs="+", default=[24_000, 36_000, 48_000], help="in ascending order")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after so many, in place of --images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/forks"))
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
-    paths = [flags.out / f"{flags.profile}-{flags.name}-{flags.seed}-{images:09d}.npz" for images in flags.images]
-    if all(path.exists() for path in paths):
+    stem = f"{flags.profile}-{flags.name}-{flags.seed}-" + f"{flags.minutes:g}min-" * bool(flags.minutes)
+
+    def path(images: int) -> Path:
+        return flags.out / f"{stem}{images:09d}.npz"
+
+    if any(flags.out.glob(f"{stem}*.npz")) if flags.minutes else all(path(images).exists() for images in flags.images):
         return
     changed, fields = FORKS[flags.name]
     changed = {"Generator": positions_from(1)} | changed
     config = replace((v.PROFILES | {"small": SMALL})[flags.profile], dataset="cifar10", seed=flags.seed, **fields)
-    for path, (line, samples) in zip(paths, train_changed(config, changed, flags.images), strict=True):
-        save(samples, path)
+    runs = train_changed(config, changed, flags.images, flags.minutes)
+    for mark, (line, samples) in zip(flags.images, runs, strict=not flags.minutes):
+        save(samples, path(line["images"] if flags.minutes else mark))
         print(json.dumps({"profile": flags.profile, "name": flags.name} | line), flush=True)
 
 

@@ -41,6 +41,13 @@ CONFIGURATIONS = [
     ("--betas 0 1", "betas is [0.0, 1.0]"),
     ("--omega-0 0", "omega_0 is 0.0"),
     ("--bcr-real -1", "bcr_real is -1.0"),
+    ("--r1 -1", "r1 is -1.0"),
+    ("--decoder mlp", "decoder is 'mlp', but must be one of siren, conv"),
+    ("--decoder conv --image-size 18 --patch-size 6", "patch_size is 6, but must be a power of 2 for decoder conv"),
+    ("--discriminator cnn", "discriminator is 'cnn', but must be one of vit, stylegan2"),
+    ("--discriminator stylegan2 --image-size 24", "image_size is 24, but must be a power of 2, 8 or more"),
+    ("--discriminator stylegan2 --image-size 4", "image_size is 4, but must be a power of 2, 8 or more"),
+    ("--discriminator stylegan2 --batch-size 6", "batch_size is 6, but must be a multiple of 4"),
     ("--augment colour", "augment is 'colour'"),
     ("--precision half", "precision is 'half'"),
     ("--dataset mnist", "dataset is 'mnist', but must be one of cifar10, shapes, folder"),
@@ -130,6 +137,25 @@ def test_any_bytes_are_an_image_or_named(content, head, tmp_path_factory):
     path.write_bytes(head + content)
     with pytest.raises(BadInput, match="picture.png cannot be read as an image"):
         vitgan_nb.read_image(path, 16)
+
+
+def test_groups_of_four_in_every_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = replace(vitgan_nb.TINY, discriminator="stylegan2", batch_size=12)
+    with pytest.raises(BadInput, match="batch_size is 12, but must be a multiple of 8 .*in 2 processes"):
+        vitgan_nb.Training(config, "cpu")
+
+
+def test_what_other_networks_cannot_show_is_told(monkeypatch, capsys):
+    config = replace(vitgan_nb.TINY, discriminator="stylegan2", decoder="conv")
+    generator = vitgan_nb.Generator(config)
+    for name, value in (("explored", generator), ("config", config)):
+        monkeypatch.setattr(vitgan_nb, name, value, raising=False)
+    vitgan_nb.above_the_training_resolution()
+    vitgan_nb.attention_of_the_class_token()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    with pytest.raises(BadInput, match="4 × 4 pixels a patch and no others"):
+        generator.paint(torch.randn(1, 24), 8)
 
 
 @pytest.mark.parametrize("wrong", [dict(dim=96.0), dict(demodulate=1), dict(dataset=None), dict(betas=0.5)])

@@ -98,12 +98,16 @@ def test_networks_equal_their_textbook_forms(in_float64, network):
     assert_same(fast, textbook, x)
 
 
-def test_one_step_equals_the_textbook_step(in_float64, monkeypatch):
+@pytest.mark.parametrize(
+    "other", [{}, {"r1": 5.0}, {"discriminator": "stylegan2", "r1": 5.0, "batch_size": 8}, {"decoder": "conv"}], ids=str
+)
+def test_one_step_equals_the_textbook_step(in_float64, monkeypatch, other):
     """One pass of 4B images, weights normalised once, fused optimizer and average: the same losses and gradients."""
     turned = {"color": lambda x: 0.7 * x.roll((1, 2), (2, 3)).flip(1)}  # the same whichever images it gets together
     monkeypatch.setattr(vitgan_nb, "AUGMENTATIONS", turned)
     still = 1e-12  # so that the textbook's further power steps, on the moved weights, find what the first one found
-    config = replace(TINY, augment="color", bcr_real=2.0, bcr_fake=3.0, optimizer="adam", learning_rate=still)
+    settings = {"augment": "color", "bcr_real": 2.0, "bcr_fake": 3.0, "optimizer": "adam", "learning_rate": still}
+    config = replace(TINY, **settings | other)
     runs = [kind(config) for kind in (Training, TextbookTraining)]
     found = []
     for run in runs:
@@ -122,6 +126,41 @@ def test_one_step_equals_the_textbook_step(in_float64, monkeypatch):
         assert len(gradient) == 2
         found.append((run.sums, gradient))
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+def test_r1_is_of_every_sixteenth_step_and_of_sixteen_times_the_weight(monkeypatch):
+    """As the engine and the plain step call it; what it gives is added to the consistency."""
+    for kind, step in ((vitgan_nb.Run, vitgan_nb.plain_step), (Training, Training.train_step)):
+        config, called = replace(TINY, r1=0.5), []
+
+        def penalty(discriminator, images, weight, called=called):
+            called.append((len(called), weight))
+            assert images.shape == (4, 3, 16, 16) and images.abs().max() <= 1
+            return 1000.0 * next(discriminator.parameters()).sum() * 0 + 1000
+
+        monkeypatch.setattr(vitgan_nb, "slope_penalty", penalty)
+        run = Training(config) if kind is Training else kind(config, *vitgan_nb.load_images(config))
+        steps, consistency = [], []
+        for _ in range(33):
+            before = len(called)
+            run.sums.zero_()
+            step(run)
+            consistency.append(run.sums[1].item())
+            steps += [run.step - 1] * (len(called) - before)
+        assert steps == [0, 16, 32] and {weight for _, weight in called} == {8.0}
+        assert [at for at, value in enumerate(consistency) if value >= 1000] == [0, 16, 32]
+
+
+def test_r1_passes_through_attention_as_a_gpu_computes_it():
+    """A fused kernel has no second derivative: R1's gradients are those of the other branch."""
+    source, condition = SCRIPT.read_text(), 'if q.device.type != "cpu":'
+    found = []
+    for module in (vitgan_nb, module_from(source.replace(condition, "if True:"))):
+        torch.manual_seed(0)
+        discriminator = module.Discriminator(module.TINY).eval()
+        module.slope_penalty(discriminator, torch.rand(4, 3, 16, 16), 2.0).backward()
+        found.append([weight.grad for weight in discriminator.parameters() if weight.grad is not None])
+    torch.testing.assert_close(*found)
 
 
 def test_average_equals_a_loop_over_the_weights(in_float64):

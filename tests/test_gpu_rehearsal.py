@@ -68,11 +68,15 @@ def on_meta(few_images, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- the step
 
 
+OTHER = {"discriminator": "stylegan2", "decoder": "conv", "r1": 0.1}  # section A
+
+
+@pytest.mark.parametrize("other", [{}, OTHER, {"r1": 0.1}], ids=["default", "other", "r1"])
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_a_step_stays_on_the_gpu(on_meta, optimizer, precision):
+def test_a_step_stays_on_the_gpu(on_meta, optimizer, precision, other):
     """Data, objectives, scaler, optimizers, average, statistics: no tensor on the CPU, nothing read back."""
-    run = on_meta(replace(PROFILES["lesson"], optimizer=optimizer, precision=precision))
+    run = on_meta(replace(PROFILES["lesson"], optimizer=optimizer, precision=precision, **other))
     with Operations() as operations:
         run.train_step()
     assert operations.all["aten._fused_adam_.default"] == 2
@@ -189,6 +193,18 @@ def test_four_graphs_and_no_more(graphs, tmp_path):
     assert train(replace(longer, steps=10), resume=second).step == 10
     assert train(replace(longer, steps=12)).step == 12  # a third one, from the checkpoint
     assert len(graphs) == 4, "something was compiled again: TORCH_LOGS=recompiles says which guard failed"
+
+
+def test_other_networks_are_four_graphs_too_and_r1_stays_outside(graphs, tmp_path):
+    config = replace(TINY, compile=True, **OTHER)
+    run, plain = Training(config), Training(replace(config, compile=False))
+    for each in (run, plain):
+        torch.manual_seed(0)
+        for _ in range(17):  # the first and the last with R1
+            each.train_step()
+    assert run.quick.keys() == {"discriminator_objective", "generator_objective"} and not run.notes
+    assert counters["stats"]["unique_graphs"] == 2 and len(graphs) == 4 and not counters["graph_break"]
+    torch.testing.assert_close(run.sums, plain.sums, rtol=1e-3, atol=1e-3)
 
 
 def test_muons_products_are_compiled_once_for_all_runs(graphs):

@@ -197,6 +197,96 @@ MISTAKES = [
         "test_improved_spectral_norm_starts_exact",
         [("return self.sigma_init / sigma * weight", "return weight / sigma")],
     ),
+    (
+        "R1 without its half",
+        "test_slope_penalty",
+        [("return weight / 2 * slope", "return weight * slope")],
+    ),
+    (
+        "R1 as the slope of the mean logit",
+        "test_slope_penalty",
+        [("discriminator(images).sum(), images", "discriminator(images).mean(), images")],
+    ),
+    (
+        "R1 that no gradient passes through",
+        "test_slope_penalty",
+        [("slope.square().sum((1, 2, 3)).mean()", "(slope.detach().square().sum((1, 2, 3)).mean() + 0 * discriminator(images).sum())")],
+    ),
+    (
+        "groups of images far apart, so that real and generated ones meet",
+        "test_minibatch_deviation",
+        [("h[: 4 * whole].unflatten(0, (whole, 4))", "h[: 4 * whole].unflatten(0, (4, whole)).transpose(0, 1)")],
+    ),
+    (
+        "the same: one pass of 4B images is then not four passes",
+        "test_stylegan2_discriminator",
+        [("h[: 4 * whole].unflatten(0, (whole, 4))", "h[: 4 * whole].unflatten(0, (4, whole)).transpose(0, 1)")],
+    ),
+    (
+        "the deviation of a sample, not of the group",
+        "test_minibatch_deviation",
+        [("var(1, correction=0)", "var(1, correction=1)")],
+    ),
+    (
+        "a blur that moves the image",
+        "test_blur",
+        [("        taps = torch.tensor([1.0, 3.0,", "        taps = torch.tensor([3.0, 1.0,")],
+    ),
+    (
+        "a blur that brightens",
+        "test_blur",
+        [("3.0, 1.0]) / 8\n        self", "3.0, 1.0]) / 4\n        self")],
+    ),
+    (
+        "a convolution scaled by its channels only",
+        "test_equalized_convolution_keeps_size",
+        [("unflatten(1, (-1, self.kernel, self.kernel))", "unflatten(1, (-1, self.kernel, self.kernel)) * self.kernel")],
+    ),
+    (
+        "a convolution whose axes are exchanged",
+        "test_equalized_convolution_keeps_size",
+        [("unflatten(1, (-1, self.kernel, self.kernel))", "unflatten(1, (self.kernel, self.kernel, -1)).permute(0, 3, 1, 2)")],
+    ),
+    (
+        "the skip left out",
+        "test_residual_block_is_its_formula",
+        [("return (y + self.skip(self.blur(x, padding=1, stride=2))) / math.sqrt(2)", "return y / math.sqrt(2)")],
+    ),
+    (
+        "a sum of two that is not divided by √2",
+        "test_residual_block_is_its_formula",
+        [("(self.blur(x, padding=1, stride=2))) / math.sqrt(2)", "(self.blur(x, padding=1, stride=2)))")],
+    ),
+    (
+        "pixels skipped without a blur",
+        "test_residual_block_is_its_formula",
+        [("self.skip(self.blur(x, padding=1, stride=2))", "self.skip(x[:, :, ::2, ::2])")],
+    ),
+    (
+        "LeakyReLU without its gain",
+        "test_residual_block_is_its_formula",
+        [("return math.sqrt(2) * F.leaky_relu(x, 0.2)", "return F.leaky_relu(x, 0.2)")],
+    ),
+    (
+        "an activation after the head",
+        "test_stylegan2_discriminator",
+        [("return self.head(leaky(self.linear(h.flatten(1))))[:, 0]", "return leaky(self.head(leaky(self.linear(h.flatten(1))))[:, 0])")],
+    ),
+    (
+        "tokens laid out wrongly",
+        "test_conv_decoder",
+        [("y.transpose(1, 2).unflatten(2, (side, side))", "y.reshape(len(y), -1, side, side)")],
+    ),
+    (
+        "the plain step without R1",
+        "test_fast_step_is_the_plain_step_with_other_networks",
+        [("consistency = consistency + slope_penalty(", "slope_penalty(")],
+    ),
+    (
+        "R1 in the fast step not sixteen times",
+        "test_fast_step_is_the_plain_step_with_other_networks",
+        [("self.discriminator, weight=R1_EVERY * config.r1)", "self.discriminator, weight=config.r1)")],
+    ),
 ]  # fmt: skip
 
 

@@ -231,6 +231,26 @@ def test_float16_goes_on_from_float32(tiny):
     assert run.step == 4 and run.scaler.is_enabled()
 
 
+def test_other_networks_resume_exactly_and_can_be_exported(tiny, capsys):
+    """Unbroken over 20 steps, R1 in the first and the seventeenth; a resumed run is that bit for bit."""
+    other = replace(tiny, discriminator="stylegan2", decoder="conv", r1=1.0, steps=20)
+    unbroken = train(replace(other, out_dir=f"{tiny.out_dir}/unbroken"))
+    train(replace(other, steps=15))
+    assert_same(train(other), unbroken)
+    assert "Resumed at step 15" in capsys.readouterr().out
+    generator = vitgan_nb.load_generator(run_folder(other) / "generator.safetensors")
+    images = vitgan_nb.sample(generator, 4)
+    assert torch.equal(images, vitgan_nb.sample(unbroken.average.module, 4)) and images.shape == (4, 3, 16, 16)
+    with pytest.raises(vitgan_nb.BadInput, match="discriminator stylegan2 ≠ vit"):
+        train(replace(other, discriminator="vit"), resume=checkpoints(run_folder(other))[0])
+
+
+def test_a_run_keeps_the_folder_that_it_had_before_there_were_other_networks(tiny):
+    assert run_folder(vitgan_nb.PROFILES["smoke"]) == Path("runs/shapes32-d128x3-f51b32")
+    others = [{}, {"decoder": "conv"}, {"discriminator": "stylegan2"}, {"r1": 0.1}]
+    assert len({run_folder(replace(tiny, **other)) for other in others}) == 4
+
+
 def test_going_on_from_further_back_keeps_what_it_writes(tiny):
     train(replace(tiny, steps=4))
     early = run_folder(tiny) / "early.pt"
