@@ -105,12 +105,15 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import errno
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
 import shutil
@@ -191,6 +194,13 @@ def number_format(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native else torch.float32
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; the CPU need not wait for a GPU."""
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -354,10 +364,11 @@ if LIVE:
 # ## 2. Data: real images, in the range the generator paints in
 #
 # The images come from **CIFAR-10** (50,000 photographs of 32 × 32 pixels in ten classes, and 10,000 held out), from **a
-# folder** of yours (shorter side scaled to `image_size`, centre cut out), or are **shapes**: ten kinds of coloured
+# folder** of yours (the largest square in the middle, scaled to `image_size`), or are **shapes**: ten kinds of coloured
 # drawings, made here from a seed. Shapes need no download, and a small model shows something within a minute or two.
 #
-# Whichever it is, they are one tensor of `uint8`. A batch is cut out of it and becomes float only then, in $[-1, 1]$;
+# Whichever it is, they are one tensor of `uint8`; that of a folder lies in a file, which may be larger than the memory.
+# A batch is cut out of it and becomes float only then, in $[-1, 1]$;
 # half of the images are mirrored, which doubles the data for free. If you chose CIFAR-10 and it is not to be had, the
 # second cell stops and says what to do; it never trains on something else unasked.
 
@@ -368,11 +379,10 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def real_batch(images: Tensor, indices: Tensor) -> Tensor:
-    """uint8 `images` at `indices` as float (B, 3, H, W) in [-1, 1], each mirrored with probability 1/2."""
-    if images.is_cuda:
-        indices = indices.pin_memory().to(images.device, non_blocking=True)  # the CPU need not wait for the GPU
-    batch = to_float(images[indices])  # (B, 3, H, W)
+def real_batch(images: Tensor, indices: Tensor, device: torch.device | None = None) -> Tensor:
+    """uint8 `images` at `indices` as float (B, 3, H, W) in [-1, 1], each mirrored with probability 1/2, on `device`."""
+    batch = images[sent(indices, images.device)]  # (B, 3, H, W)
+    batch = to_float(sent(batch, device or images.device))
     mirrored = torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5
     return torch.where(mirrored, batch.flip(3), batch)  # (B, 3, H, W)
 
@@ -422,15 +432,17 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0) -> Tensor:
 def read_image(path: Path, size: int) -> tuple[Tensor, str]:
     """One image file as uint8 (3, size, size), and what had to be done to it ("" for a plain RGB image).
 
-    The shorter side is scaled to `size` and the centre cut out. Transparency is laid over white, 16-bit greys keep
-    their upper byte, of an animation the first frame is taken. Raises `BadInput` for a file that is not an image.
+    Turned as its EXIF says, the largest square in its middle cut out, that scaled to `size` with PIL's Lanczos filter,
+    which is antialiased. Transparency is laid over white, 16-bit greys keep their upper byte, of an animation the first
+    frame is taken. Raises `BadInput` for a file that is not an image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms import functional as T
 
     try:
         with Image.open(path) as file:
             note = "" if file.mode == "RGB" else f"mode {file.mode}"
+            ImageOps.exif_transpose(file, in_place=True)
             if file.mode.startswith("I") or file.mode == "F":
                 grey = np.asarray(file, dtype=np.float64)
                 grey = grey / 256 if grey.max() > 255 else grey
@@ -439,33 +451,118 @@ def read_image(path: Path, size: int) -> tuple[Tensor, str]:
                 file, note = file.convert("RGBA"), "transparent"
                 file = Image.alpha_composite(Image.new("RGBA", file.size, "white"), file)
             note = f"smaller than {size} pixels, enlarged" if min(file.size) < size else note
-            image = T.resize(file.convert("RGB"), size, T.InterpolationMode.LANCZOS)
-            return T.pil_to_tensor(T.center_crop(image, size)), note
+            image = T.center_crop(file.convert("RGB"), min(file.size))
+            return T.pil_to_tensor(T.resize(image, [size, size], T.InterpolationMode.LANCZOS)), note
     except Exception as error:  # a broken file fails in as many ways as there are decoders
         raise BadInput(f"{path} cannot be read as an image ({error}); remove or repair it.") from error
 
 
-def read_folder(root: Path, size: int) -> Tensor:
-    """Every image below `root`, in the order of the names, as uint8 (M, 3, size, size); says what it converted."""
-    if not root.is_dir():
-        raise BadInput(f"{root} is not a folder; data_root must name the folder that holds your images.")
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    images, notes, broken = [], Counter(), []
-    for path in sorted(f for f in root.rglob("*") if f.suffix.lower() in kinds):
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """Write to the path that this gives; `path` then holds all of it, or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def decode(paths: list[Path], labels: list[int], size: int, file: io.IOBase):
+    """Write to `file` all images, 3 · size² bytes each, then their labels, 8 bytes each; says what it converted.
+
+    What cannot be read is named and left out. Raises `BadInput` if that is 1 % or more.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm.auto import tqdm
+
+    def read(path: Path) -> tuple[Tensor | None, str]:
         try:
-            image, note = read_image(path, size)
-            images.append(image)
-            notes[note] += 1
+            return read_image(path, size)
         except BadInput as error:
-            broken.append(str(error))
+            return None, str(error)
+
+    notes, broken, kept = Counter(), [], []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc="decoding", unit="image", leave=False) as bar:
+        for start in range(0, len(paths), 1000):  # no more than these wait to be written
+            part = slice(start, start + 1000)
+            for path, label, (image, note) in zip(paths[part], labels[part], pool.map(read, paths[part]), strict=True):
+                if image is None:
+                    broken.append((path, note))
+                else:
+                    file.write(image.numpy().tobytes())
+                    kept.append(label)
+                    notes[note] += 1
+                bar.update()
     if broken:
-        raise BadInput(broken[0] if len(broken) == 1 else f"{broken[0]} {len(broken) - 1} more cannot be read either.")
-    if not images:
-        raise BadInput(f"{root} holds no image; files ending in {', '.join(sorted(kinds))} are read.")
+        (_, told), *more = sorted(broken)
+        if more:
+            names = ", ".join(path.name for path, _ in more[:3]) + ", …" * (len(more) > 3)
+            told += f" {len(more):,} more cannot be read either: {names}."
+        if 100 * len(broken) >= len(paths):
+            raise BadInput(told)
+        print(f"Left out: {len(broken):,} of {len(paths):,} files. {told}")
+    file.write(np.array(kept, dtype=np.int64).tobytes())
     converted = "; ".join(f"{count} × {note}" for note, count in sorted(notes.items()) if note)
     if converted:
         print(f"Converted: {converted}.")
-    return torch.stack(images)
+
+
+def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor]:
+    """Every image below `root`, uint8 (M, 3, size, size), and its label, int64 (M,), in a random order, always the same.
+
+    The label counts the subfolders of `root` in the order of their names; images beside them, in none, come first.
+    The images are decoded into a file in $XDG_CACHE_HOME or ~/.cache, once for what the folder holds, and mapped from
+    there: they take memory only as it is free. Where it cannot be written they are in memory. Raises `BadInput`.
+    """
+    import fcntl
+
+    if not root.is_dir():
+        raise BadInput(f"{root} is not a folder; data_root must name the folder that holds your images.")
+    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    paths = sorted(f for f in root.rglob("*") if f.suffix.lower() in kinds and not f.is_dir())
+    if not paths:
+        raise BadInput(f"{root} holds no image; files ending in {', '.join(sorted(kinds))} are read.")
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))  # any part of it is a fair sample
+    paths = [paths[k] for k in order]
+    parents = [path.relative_to(root).parts[:-1][:1] for path in paths]  # () in `root` itself
+    number = {parent: label for label, parent in enumerate(sorted(set(parents)))}
+    stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # a link may lead nowhere
+    content = [(str(p.relative_to(root)), f.st_size, f.st_mtime_ns) for p, f in zip(paths, stats, strict=True)]
+    place, state = (
+        hashlib.sha256(json.dumps(x).encode()).hexdigest()[:12] for x in ([str(root.resolve()), size], content)
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vitgan")
+    cached, each = cache / f"{place}-{state}.u8", 3 * size * size + 8
+    decoded = functools.partial(decode, paths, [number[parent] for parent in parents], size)
+    try:
+        if not cached.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with open(cache / f"{place}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be about it
+                if not cached.exists():
+                    if shutil.disk_usage(cache).free < each * len(paths):  # rather now than after an hour
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    with written_whole(cached) as partial, open(partial, "wb") as file:
+                        decoded(file)
+                    for old in cache.glob(f"*{place}-*"):  # of what the folder held before
+                        if old != cached:
+                            old.unlink()
+        with open(cached, "rb") as file:  # private: nothing is written back; not reserved: it may exceed the memory
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        print(f"Could not write to {cache} ({error.strerror or error}): the images are in memory, and not kept.")
+        memory = io.BytesIO()
+        decoded(memory)
+        data = memory.getbuffer()
+    m = len(data) // each
+    images = torch.frombuffer(data, dtype=torch.uint8, count=m * (each - 8)).view(m, 3, size, size)
+    return images, torch.frombuffer(data, dtype=torch.int64, count=m, offset=images.nbytes).clone()
 
 
 PATIENCE = 30  # seconds without a byte
@@ -509,17 +606,24 @@ def read_cifar10(root: Path) -> tuple[Tensor, Tensor]:
 
 
 def load_images(config: Config) -> tuple[Tensor, Tensor]:
-    """Training and held-out images of `config.dataset`, uint8 (M, 3, H, W) on the CPU. A tenth of a folder is held out."""
+    """Training and held-out images of `config.dataset`, uint8 (M, 3, H, W) on the CPU. A tenth of a folder is held out.
+
+    Which tenth depends on the folder alone. Of a folder both are views of one mapped file.
+    """
     if config.dataset == "shapes":
         return tuple(draw_shapes(n, config.image_size, config.seed + part) for part, n in enumerate((10_000, 1_000)))
     if config.dataset == "cifar10":
         return read_cifar10(Path(config.data_root or os.environ.get("VITGAN_DATA") or "data").expanduser())
-    images = read_folder(Path(config.data_root).expanduser(), config.image_size)
+    images, _ = read_folder(Path(config.data_root).expanduser(), config.image_size)
     if len(images) < 2:
         raise BadInput(f"{config.data_root} holds one image; at least 2 are needed, one of them to be held out.")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
     held_out = max(1, len(images) // 10)
-    return images[order[held_out:]], images[order[:held_out]]
+    return images[held_out:], images[:held_out]
+
+
+def room_for_images(device: torch.device) -> float:
+    """Bytes that a set of images may take on `device`: a quarter of what a GPU has free. A larger one stays outside."""
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else math.inf
 
 
 @functools.lru_cache(maxsize=4)
@@ -1477,7 +1581,7 @@ class Generator(nn.Module):
     def tokens(self, w: Tensor) -> Tensor:
         """Styles (B, D) -> one vector for each patch, (B, N, D)."""
         angles = self.position(patch_centres(self.config.grid, w.device))  # (N, D)
-        h = torch.sin(angles).expand(len(w), -1, -1)  # (B, N, D)
+        h = torch.sin(angles).expand(w.shape[0], -1, -1)  # (B, N, D)
         for block in self.blocks:
             h = block(h, w)  # (B, N, D)
         return self.norm(h, w)  # (B, N, D)
@@ -2216,11 +2320,10 @@ class Run:
 
     def __init__(self, config: Config, images: Tensor, held_out: Tensor, device: torch.device | str = "cpu"):
         self.config, self.device, self.dtype = config, torch.device(device), torch.float32
-        self.images, self.held_out = images.to(device), held_out.to(device)  # uint8 (M, 3, H, W) each
+        room = room_for_images(self.device)
+        self.images, self.held_out = (x if x.nbytes > room else x.to(device) for x in (images, held_out))  # uint8
         torch.manual_seed(config.seed)
-        judge = (
-            StyleGAN2Discriminator if config.discriminator == "stylegan2" else Discriminator
-        )  # section A has the first
+        judge = StyleGAN2Discriminator if config.discriminator == "stylegan2" else Discriminator  # section A's
         self.generator, self.discriminator = Generator(config).to(device), judge(config).to(device)
         self.average = moving_average(self.generator)
         kind = Muon if config.optimizer == "muon" else adam  # Muon is section 17's
@@ -2248,7 +2351,8 @@ class Run:
         """Append to the history the losses since the last record and the logits of now; returns what it appended."""
         z = self.fixed_z.to(self.device)
         with self.autocast():
-            images = [to_float(self.images[:64]), to_float(self.held_out[:64]), self.generator.eval()(z).float()]
+            real = (to_float(part[:64].to(self.device)) for part in (self.images, self.held_out))
+            images = [*real, self.generator.eval()(z).float()]
             self.discriminator.eval()
             logits = [self.discriminator(part).float() for part in images]  # apart: section A's sees a batch as a whole
         self.generator.train()
@@ -2270,7 +2374,8 @@ class Run:
 def plain_step(run: Run):
     """One step of both networks of `run`, as a textbook writes it."""
     config, g, d, batch = run.config, run.generator, run.discriminator, run.config.batch_size
-    real = real_batch(run.images, batch_indices(len(run.images), batch, run.step, config.seed))  # (B, 3, H, W)
+    indices = batch_indices(len(run.images), batch, run.step, config.seed)  # (B,)
+    real = real_batch(run.images, indices, run.device)  # (B, 3, H, W)
 
     fake = g(run.latents(batch)).detach()  # (B, 3, H, W); the generator learns nothing from this half
     real_t, fake_t = diff_augment(real, config.augment), diff_augment(fake, config.augment)
@@ -2783,7 +2888,7 @@ class Training(Run):
         penalty = None
         if config.r1 and self.step % R1_EVERY == 0:  # as in the plain step, in float32
             penalty = functools.partial(slope_penalty, self.discriminator, weight=R1_EVERY * config.r1)
-        real = real_batch(self.images, indices)
+        real = real_batch(self.images, indices, self.device)
         return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty)
 
     def generator_step(self) -> list[Tensor]:
@@ -2904,20 +3009,6 @@ def restore(run: Training, state: dict) -> str:
     return f"Not bit for bit an unbroken run: before {'; '.join(changes)}." if changes else ""
 
 
-@contextlib.contextmanager
-def written_whole(path: Path):
-    """Write to the path that this gives; `path` then holds all of it, or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, newest first."""
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
@@ -2967,19 +3058,55 @@ def load_checkpoint(path: Path | str) -> dict:
         raise BadInput(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}).") from error
 
 
+def described(generator: Generator, about: str) -> dict[str, str]:
+    """What an exported generator says of itself."""
+    return {"config": json.dumps(asdict(generator.config))} | ({"about": about} if about else {})
+
+
 def save_generator(generator: Generator, path: Path, dtype: torch.dtype = torch.float32, about: str = ""):
     """Write the weights as safetensors, the configuration and `about` as metadata. Raises `OSError`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in generator.state_dict().items()}
-    metadata = {"config": json.dumps(asdict(generator.config))} | ({"about": about} if about else {})
     with written_whole(path) as partial:
         try:
-            save_file(state, partial, metadata=metadata)
+            save_file(state, partial, metadata=described(generator, about))
         except SafetensorError as error:  # a full disk
             raise OSError(str(error)) from error
         partial.chmod(0o644)  # the library's files are readable by their owner only
+
+
+def save_program(generator: Generator, path: Path, truncation: float = 1.0, about: str = ""):
+    """Write a generator in eval mode, on the CPU, as a program in float32: z (B, latent_dim) -> images (B, 3, H, W).
+
+    `path` ends in .onnx (ONNX), or it becomes what `torch.export.load` reads. B is free, `truncation` fixed. Raises
+    `BadInput` where a package is missing, and `OSError`.
+    """
+
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = generator
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.generator(z, truncation)  # (B, 3, H, W)
+
+    z, content = torch.zeros(2, generator.config.latent_dim), io.BytesIO()
+    program = torch.export.export(Program().eval(), (z,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    if path.suffix == ".onnx":
+        try:
+            import onnxscript  # noqa: F401 - what torch.onnx needs
+        except ImportError:
+            raise BadInput("to write .onnx, run pip install onnx onnxscript onnxruntime.") from None
+        names = {"input_names": ["z"], "output_names": ["images"]}
+        written = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        written.model.metadata_props.update(described(generator, about))
+        content.write(written.model_proto.SerializeToString())
+    else:
+        torch.export.save(program, content, extra_files=described(generator, about))
+    with written_whole(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def load_generator(path: Path | str) -> Generator:
@@ -3489,10 +3616,17 @@ def kid_of_thumbnails(samples: Tensor, real: Tensor) -> dict:
     Both are uint8 (·, 3, H, W). Raises `BadInput` for fewer than four images.
     """
     lot = min(100, enough_images(samples, real) // 2)
-    a, b, lots = thumbnails(samples), thumbnails(real), min(len(samples), len(real)) // lot
-    kids = torch.stack([1000 * kid(x, y) for x, y in zip(a.split(lot)[:lots], b.split(lot)[:lots], strict=True)])
+    lots = min(len(samples), len(real)) // lot
+    a, b = (thumbnails(images[: lots * lot]).split(lot) for images in (samples, real))
+    kids = torch.stack([1000 * kid(x, y) for x, y in zip(a, b, strict=True)])
     error = float(kids.std()) / math.sqrt(lots)
-    return {"extractor": "thumbnails", "samples": len(a), "real": len(b), "kid": float(kids.mean()), "error": error}
+    return {
+        "extractor": "thumbnails",
+        "samples": len(samples),
+        "real": len(real),
+        "kid": float(kids.mean()),
+        "error": error,
+    }
 
 
 def evaluate(samples: Tensor, real: Tensor) -> dict:
@@ -4194,11 +4328,19 @@ def command_sample(flags: argparse.Namespace):
 
 
 def command_export(flags: argparse.Namespace):
-    """write the generator of a run alone, in bfloat16"""
+    """write the generator of a run alone: its weights in bfloat16, or a program that runs without this file"""
     out = Path(flags.out)
+    if out.suffix not in (".safetensors", ".onnx", ".pt2"):
+        raise BadInput(f"out is {flags.out!r}, but must end in .safetensors, .onnx or .pt2.")
+    if not 0 <= flags.truncation <= 1:
+        raise BadInput(f"truncation is {flags.truncation!r}, but must be from 0 to 1.")
+    generator = load_generator(flags.weights)
     if out.suffix != ".safetensors":
-        raise BadInput(f"out is {flags.out!r}, but must end in .safetensors.")
-    save_generator(load_generator(flags.weights), out, torch.bfloat16, flags.about)
+        save_program(generator, out, flags.truncation, flags.about)
+    elif flags.truncation == 1:
+        save_generator(generator, out, torch.bfloat16, flags.about)
+    else:
+        raise BadInput("truncation is fixed in a program (.onnx, .pt2), not in weights; give it to sample instead.")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
@@ -4294,7 +4436,8 @@ def main(argv: list[str]) -> int:
     flag("--seed", type=int, default=0)
     flag("--truncation", type=float, default=1.0, help="0 (one typical image) to 1 (all variety)")
     flag = each["export"].add_argument
-    flag("--out", required=True, help="a .safetensors file")
+    flag("--out", required=True, help="a .safetensors file: weights; or .onnx or .pt2: a program, of any batch size")
+    flag("--truncation", type=float, default=1.0, help="fixed in a program: 0 (one typical image) to 1 (all variety)")
     flag("--about", default="", help="a line for the metadata, such as what was measured")
     flag = each["evaluate"].add_argument
     flag("--n", type=int, default=50_000, help="how many samples")

@@ -86,7 +86,7 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "adam": ({}, {"optimizer": "adam", "siren_depth": 2}),
     "muon": ({}, {"optimizer": "muon"}),
     "gamma": ({"SelfModulatedLayerNorm": ScaledByGamma}, {}),
-    "no-flips": ({"real_batch": lambda images, indices: v.to_float(images[indices])}, {}),
+    "no-flips": ({"real_batch": lambda images, indices, device: v.to_float(images[indices].to(device))}, {}),
     "omega-3": ({}, {"omega_0": 3.0}),
     "siren-depth-2": ({}, {"siren_depth": 2}),
     "siren-depth-3": ({}, {"siren_depth": 3}),

@@ -55,3 +55,11 @@ def finished_run(tmp_path_factory):
     process = run_script("train", *TINY, "--steps", 24, cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder, process
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """The folder, new, in which decoded images are kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "vitgan"

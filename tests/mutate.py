@@ -50,9 +50,18 @@ LEFT_OUT = (
     "not bfloat16_trains and not gelu_after and not killed_at and not any_value and not any_bytes and not two_proc"
 )
 
-ENGINE = {"load_images", "epoch_order", "batch_indices", "Run", "sample", "kid_of_thumbnails"}  # beside section 18
-NOT_EDITED = {  # drawings, file formats, messages, and what only a picture uses
-    "draw_shapes", "read_image", "read_folder", "read_cifar10", "learn_by_heart", "shape_walk", "gelu_after_the_head",
+ENGINE = {
+    "load_images",
+    "written_whole",
+    "room_for_images",
+    "epoch_order",
+    "batch_indices",
+    "Run",
+    "sample",
+    "kid_of_thumbnails",
+}  # beside section 18
+NOT_EDITED = {  # drawings, file formats, messages, what only a picture uses, what is sent to a GPU
+    "draw_shapes", "read_image", "decode", "read_folder", "read_cifar10", "sent", "learn_by_heart", "shape_walk", "gelu_after_the_head",
     "real_images_from_zero_to_one", "few_images_and_nothing_against_it", "train_small", "keep_freed_memory",
     "draw_progress", "save_progress", "save_picture", "plan", "duration", "evaluate", "Keeper.draw",
     "Training.images_for_all", "Training.any_process",  # for several processes
@@ -64,13 +73,6 @@ SPEED = "the same numbers, sooner or later"
 SQUARE = "images are square"
 ORDER = "the same either way round"
 SAME = {
-    ("real_batch", "indices = indices.pin_memory().to(images.device, non_blocking=True)", "pass"): SPEED,
-    (
-        "real_batch",
-        "indices.pin_memory().to(images.device, non_blocking=True)",
-        "indices.pin_memory().to(images.device)",
-    ): SPEED,
-    ("real_batch", "non_blocking=True", "non_blocking=False"): SPEED,
     (
         "real_batch",
         "torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5",

@@ -83,6 +83,23 @@ def test_a_step_stays_on_the_gpu(on_meta, optimizer, precision, other):
     assert operations.all[READ_BACK] == 0 == operations.on_cpu.total(), +operations.on_cpu
 
 
+def test_of_images_too_large_for_the_gpu_only_a_batch_goes_there(on_meta, monkeypatch):
+    """Sets above the room for them stay on the CPU; uint8 is moved, and all the rest happens on the GPU."""
+    monkeypatch.setattr(vitgan_nb, "batch_indices", lambda n, batch, *_: torch.arange(batch))
+    monkeypatch.setattr(Tensor, "tolist", lambda numbers: [0.0] * len(numbers))  # for `record`
+    size = 300 * 3 * TINY.image_size**2
+    for room, device in ((size - 1, "cpu"), (size, "meta")):
+        monkeypatch.setattr(vitgan_nb, "room_for_images", lambda _, room=room: room)
+        run = on_meta(replace(TINY, optimizer="adam"))
+        assert run.images.device.type == run.held_out.device.type == device
+        with Operations() as operations:
+            run.train_step()
+        assert operations.all[READ_BACK] == 0
+        moved = {"aten.arange.default", "aten.slice.Tensor", "aten._to_copy.default", "aten.index.Tensor"}
+        assert set(+operations.on_cpu) <= moved and operations.on_cpu["aten.index.Tensor"] == (device == "cpu")
+        assert run.record()["loss_d"] == 0  # the logits of both sets were found there too
+
+
 def test_the_rehearsal_sees_the_cpu_and_what_is_read_back(on_meta, monkeypatch):
     run = on_meta(TINY)
     monkeypatch.setitem(vitgan_nb.AUGMENTATIONS, "color", lambda x: x * torch.rand(()))

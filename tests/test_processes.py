@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, TINY, run_script, wait_for
+from PIL import Image
 
 import vitgan_nb
 
@@ -75,6 +76,17 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(tm
         assert process.stdout.count("Plan:") == 1
     assert "Resumed at step 9" in process.stdout and "before 1 process, now 2 processes" in process.stdout
     assert len(list(tmp_path.glob("runs/*/checkpoint-000000012.pt"))) == 1
+
+
+def test_a_folder_is_decoded_by_the_first_process_alone(tmp_path, cache):
+    (tmp_path / "images").mkdir()
+    for k in range(12):
+        Image.new("L", (16, 16), k).save(tmp_path / "images" / f"{k}.png")
+    process = run_script(
+        "train", *TINY, "--dataset", "folder", "--data-root", "images", "--steps", 2, cwd=tmp_path, launcher=LAUNCHER
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Converted: 12 × mode L.") == 1 and len(list(cache.glob("*.u8"))) == 1
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

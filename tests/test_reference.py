@@ -488,7 +488,7 @@ def test_average_starts_as_the_generator(run):
     assert not any(parameter.requires_grad for parameter in run.average.parameters())
 
 
-def test_held_out_images_are_not_trained_on(tmp_path):
+def test_held_out_images_are_not_trained_on(tmp_path, cache):
     from PIL import Image
 
     for k in range(30):
