@@ -3124,10 +3124,10 @@ class Keeper:
     Only the first process prints and writes. What cannot be written is told once and does not end the run.
     """
 
-    def __init__(self, run: Training, folder: Path):
-        self.run, self.folder, self.first = run, folder, run.rank == 0
+    def __init__(self, run: Training, folder: Path, tensorboard: bool):
+        self.run, self.folder, self.first, self.tensorboard = run, folder, run.rank == 0, tensorboard
         self.taken_back, self.told, self.saved, self.drawn = 0, set(), time.monotonic(), time.monotonic()
-        self.bar = self.handle = None
+        self.bar = self.handle = self.board = None
         self.pause = DRAW_SECONDS  # between two drawings of the figure
 
     def say(self, line: str):
@@ -3161,6 +3161,10 @@ class Keeper:
         else:
             save_checkpoint(run, self.folder)
         self.write_log()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=run.step)  # hides what came after
         self.by_time = bool(config.minutes and not config.steps)
         total, unit = (round(60 * config.minutes), "s") if self.by_time else (config.steps or None, "step")
         pace = {"mininterval": 2.0 if LIVE or sys.stderr.isatty() else 10.0}  # few messages: a front end falls behind
@@ -3206,6 +3210,14 @@ class Keeper:
     def note(self, entry: dict):
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
+        if self.board:
+            for kind, values in (
+                ("loss", {name: entry[name] for name in STATISTICS}),
+                ("logit", {name: entry[name] for name in LOGITS}),
+                ("steepness", steepness(self.run.discriminator)),
+            ):
+                for name, value in values.items():
+                    self.board.add_scalar(f"{kind}/{name}", value, self.run.step)
 
     def record(self):
         """One more line of the log; in float16 it says how many batches have been skipped so far."""
@@ -3227,6 +3239,9 @@ class Keeper:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+        if self.board:
+            self.write(self.board.add_image, "samples", to_grid(self.run.samples()), self.run.step, None, "HWC")
+            self.write(self.board.close)
         if self.handle:
             self.draw()
             plt.close(self.figure)
@@ -3305,21 +3320,27 @@ def interrupts_wait():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def train(config: Config, resume: bool | str | Path | Training = True) -> Training:
+def train(config: Config, resume: bool | str | Path | Training = True, tensorboard: bool = False) -> Training:
     """Train until `config.steps` or `config.minutes` are reached, or an interrupt; returns the run.
 
     `resume`: True goes on from the newest checkpoint of this configuration if there is one; a path from that
     checkpoint; a run with that run as it is; False refuses to touch a folder that holds a run. Leaves a log, sample
-    grids and checkpoints in `run_folder(config)`. Minutes are those of training; compiling does not count.
+    grids and checkpoints in `run_folder(config)`, and with `tensorboard` a log for that in its folder of this name.
+    Minutes are those of training; compiling does not count.
 
     Raises `BadInput` for what the user must mend: input, before anything is written; a batch that does not fit into
     memory; not being finite for the fourth time. Whatever is raised, the last checkpoint stays.
     """
+    if tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401 - before anything is begun
+        except ImportError:
+            raise BadInput("tensorboard is not installed; run pip install tensorboard, or train without it.") from None
     if isinstance(resume, Training):
         refuse_another_run(resume.config, config, {"steps", "minutes", "out_dir"})
         resume.config = resume.generator.config = config  # one object, or the compiled step would compile again
     run, folder = resume if isinstance(resume, Training) else Training(config), run_folder(config)
-    keeper = Keeper(run, folder)
+    keeper = Keeper(run, folder, tensorboard)
     keeper.say(plan(run))
     keeper.say(resume_from(run, folder, resume))
     steps, seconds = config.steps or math.inf, 60 * config.minutes or math.inf
@@ -3742,10 +3763,11 @@ def training_thumbnails() -> Tensor:
 
 def show_nearest(samples: Tensor, held_out: Tensor):
     """Two blocks of uint8 images (6, 3, H, W), each over its three nearest training images."""
-    _, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="tight")
+    _, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
     for axis, images, name in ((axes[0], samples, "samples"), (axes[1], held_out, "held-out images")):
-        distance = torch.cdist(thumbnails(images).float(), training_thumbnails()) / math.sqrt(192)  # (6, 2M)
-        near, index = distance.topk(3, largest=False)  # (6, 3)
+        exact = "donot_use_mm_for_euclid_dist"  # a copy is at 0, not near it
+        distance = torch.cdist(thumbnails(images).float(), training_thumbnails(), compute_mode=exact)  # (6, 2M)
+        near, index = (distance / math.sqrt(192)).topk(3, largest=False)  # (6, 3)
         found = train_images[index.T % len(train_images)]  # (3, 6, 3, H, W)
         mirrored = (index.T >= len(train_images))[..., None, None, None]
         found = torch.where(mirrored, found.flip(4), found).flatten(0, 1)
@@ -4038,7 +4060,7 @@ def command_train(flags: argparse.Namespace):
     config = config_from_flags(flags)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"profile {flags.profile}", flush=True)
-    run = train(config, resume=flags.resume_from or not flags.no_resume)
+    run = train(config, flags.resume_from or not flags.no_resume, flags.tensorboard)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if run.rank == 0 and not run.saved:
@@ -4156,6 +4178,7 @@ def main(argv: list[str]) -> int:
             )
     flag = each["train"].add_argument
     flag("--resume-from", help="go on from this checkpoint")
+    flag("--tensorboard", action="store_true", help="a log for TensorBoard, in the run's folder")
     flag("--no-resume", action="store_true", help="refuse to go on with a run that is already there")
     flag = each["sample"].add_argument
     flag("--n", type=int, default=64, help="how many images")
