@@ -171,6 +171,30 @@ def check(test: Callable) -> Callable:
     return test
 
 
+def sliders(**ranges) -> Callable:
+    """Decorator: draw this now in a live notebook, and again whenever one of the sliders over `ranges` is let go.
+
+    A range may be a function, asked only then. What is drawn with the defaults stays as a still picture; so it does where
+    ipywidgets is missing.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        function = torch.no_grad()(seeded()(function))
+        if LIVE:
+            try:
+                import ipywidgets
+
+                now = {name: limits() if callable(limits) else limits for name, limits in ranges.items()}
+                for slider in ipywidgets.interact(function, **now).widget.children[:-1]:
+                    slider.continuous_update = False  # one picture a move: a slow machine does not fall behind
+            except ImportError:
+                function()
+                plt.show()
+        return function
+
+    return decorate
+
+
 class BadInput(ValueError):
     """The configuration, a file or a flag is wrong; the message is one sentence for the user."""
 
@@ -214,6 +238,16 @@ def to_grid(images: Tensor, columns: int = 8) -> np.ndarray:
 
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+
+
+def first_images() -> tuple[int, int]:
+    """Slider over the first images, training or held out."""
+    return 0, min(100, len(train_images), len(held_out_images)) - 1
+
+
+def along_a_side() -> tuple[int, int]:
+    """Slider over the patches along a side."""
+    return 0, config.grid - 1
 
 
 def show_images(images: Tensor, title: str = "", columns: int = 8, axis=None):
@@ -1711,17 +1745,34 @@ def diff_augment(images: Tensor, policy: str) -> Tensor:
 
 # %% [markdown]
 # One image, eight times through each operation and through all three. You still see what it is; a discriminator that
-# had learned pixels by heart would not.
+# had learned pixels by heart would not. The slider `strength` pulls all random numbers to the middle of their range.
 
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Picture: one image, augmented
-@demo
-def diff_augment_on_one_image():
-    image = to_float(train_images[:8][-1:]).expand(8, -1, -1, -1)
+# %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
+# @title Sliders: one image, augmented
+class Weaker(TorchFunctionMode):
+    """Random numbers in here are `strength` times as far from the middle of their range."""
+
+    def __init__(self, strength: float):
+        super().__init__()
+        self.strength = strength
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        x = function(*args, **(kwargs or {}))
+        if function not in (torch.rand, torch.randint):
+            return x
+        middle = 0.5 if function is torch.rand else (args[0] + args[1] - 1) // 2
+        return (middle + self.strength * (x - middle)).to(x.dtype)
+
+
+@sliders(image=first_images, strength=(0.0, 1.0, 0.25))
+def diff_augment_on_one_image(image=0, strength=1.0):
+    images = to_float(train_images[[image]]).expand(8, -1, -1, -1)
     _, axes = plt.subplots(len(AUGMENTATIONS) + 1, 1, figsize=(8, 4.6), layout="tight")
     for axis, policy in zip(axes, (*AUGMENTATIONS, ",".join(AUGMENTATIONS)), strict=True):
-        show_images(diff_augment(image, policy), policy.replace(",", " + "), axis=axis)
+        with Weaker(strength):
+            augmented = diff_augment(images, policy)
+        show_images(augmented, f"{policy.replace(',', ' + ')}, strength {strength:g}", axis=axis)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1786,27 +1837,33 @@ class OverlappingPatchEmbedding(nn.Module):
 
 
 # %% [markdown]
-# A real image with three patches marked, and those patches as the discriminator gets them. The two neighbours, red and
-# blue, share a strip as wide as P: the border between them is inside both.
+# A real image with two neighbours marked, and those patches as the discriminator gets them: they share a strip as wide
+# as P, so the border between them is inside both. On the right, how many patches hold each pixel. The slider `overlap`
+# is by how many pixels a patch is extended; at 0 every pixel is in one patch alone.
 
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Picture: overlapping patches on a real image
-@demo
-def overlapping_patches_on_a_real_image():
-    p, image = config.patch_size, to_float(train_images[:5][-1:])
-    patches = OverlappingPatchEmbedding(p, 8).cut(image)[0].reshape(-1, 3, 2 * p, 2 * p)
-    chosen = {"tab:red": (2, 3), "tab:blue": (2, 4), "tab:green": (5, 1)}  # (row, column) of the patch
-    _, axes = plt.subplots(1, 4, figsize=(9, 2.8), width_ratios=(1.6, 1, 1, 1), layout="tight")
-    show_images(image, axis=axes[0])
-    for k in range(0, config.image_size + 1, p):
-        axes[0].axhline(k - 0.5, color="w", linewidth=0.3)
-        axes[0].axvline(k - 0.5, color="w", linewidth=0.3)
-    for axis, (colour, (row, column)) in zip(axes[1:], chosen.items(), strict=True):
-        corner = (column * p - p / 2 - 0.5, row * p - p / 2 - 0.5)
-        axes[0].add_patch(plt.Rectangle(corner, 2 * p, 2 * p, fill=False, edgecolor=colour, linewidth=2))
-        show_images(patches[row * config.grid + column][None], axis=axis)
-        axis.set_title(f"patch ({row}, {column})", color=colour, fontsize=10)
+# %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
+# @title Sliders: overlapping patches on a real image
+@sliders(image=first_images, row=along_a_side, column=along_a_side, overlap=lambda: (0, config.patch_size))
+def overlapping_patches_on_a_real_image(image=0, row=2, column=3, overlap=2):
+    p, grid, image, side = (
+        config.patch_size,
+        config.grid,
+        to_float(train_images[[image]]),
+        config.patch_size + 2 * overlap,
+    )
+    patches = F.unfold(image, side, stride=p, padding=overlap)  # (1, 3 · side², N)
+    held = F.fold(torch.ones_like(patches), config.image_size, side, stride=p, padding=overlap)[0, 0]  # (H, W)
+    _, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="tight")
+    show_images(image, "the image", axis=axes[0])
+    for axis, colour, at in ((axes[1], "tab:red", column), (axes[2], "tab:blue", (column + 1) % grid)):
+        corner = (at * p - overlap + 0.5, row * p - overlap + 0.5)  # a frame of one pixel lies around the image
+        axes[0].add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=2))
+        show_images(patches[0, :, row * grid + at].reshape(1, 3, side, side), axis=axis)
+        axis.set_title(f"patch ({row}, {at}), {side} × {side} pixels", color=colour, fontsize=10)
+    axes[3].imshow(held, vmin=0, vmax=9)
+    axes[3].axis("off")
+    axes[3].set_title(f"a pixel is in {held.min():.0f} to {held.max():.0f} patches", fontsize=10)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2349,9 +2406,9 @@ class Run:
     @torch.no_grad()
     def record(self) -> dict:
         """Append to the history the losses since the last record and the logits of now; returns what it appended."""
-        z = self.fixed_z.to(self.device)
+        z = self.fixed_z[:32].to(self.device)
         with self.autocast():
-            real = (to_float(part[:64].to(self.device)) for part in (self.images, self.held_out))
+            real = (to_float(part[:32].to(self.device)) for part in (self.images, self.held_out))
             images = [*real, self.generator.eval()(z).float()]
             self.discriminator.eval()
             logits = [self.discriminator(part).float() for part in images]  # apart: section A's sees a batch as a whole
@@ -2364,10 +2421,13 @@ class Run:
         return self.history[-1]
 
     @torch.no_grad()
-    def samples(self, n: int = 64) -> Tensor:
-        """What the average paints for the `n` fixed latents, (n, 3, H, W) uint8."""
+    def samples(self, n: int = 64, of_now: bool = False) -> Tensor:
+        """What the average, or the generator `of_now`, paints for the `n` fixed latents, (n, 3, H, W) uint8."""
+        painter = self.generator.eval() if of_now else self.average.module
         with self.autocast():
-            return to_uint8(self.average.module(self.fixed_z[:n].to(self.device))).cpu()
+            images = to_uint8(painter(self.fixed_z[:n].to(self.device))).cpu()
+        self.generator.train()
+        return images
 
 
 # %%
@@ -3136,35 +3196,64 @@ def load_generator(path: Path | str) -> Generator:
         raise BadInput(f"{path} holds no ViTGAN generator, or no generator of this version ({reason}).") from error
 
 
-RECORD_EVERY, CHECKPOINT_MINUTES, DRAW_SECONDS = 20, 5, 30  # steps (five times that on a GPU), minutes, seconds
+RECORD_EVERY, CHECKPOINT_MINUTES, DRAW_SECONDS = 40, 5, 30  # steps (five times that on a GPU), minutes, seconds
+
+
+@torch.no_grad()
+def steepness(discriminator: nn.Module) -> dict[str, float]:
+    """By layer, how many times steeper the raw weight is than at the start: what the spectral norm divides by."""
+    layers = {name: m for name, m in discriminator.named_modules() if isinstance(m, EqualizedLinear)}
+    norms = {name: m.normalise for name, m in layers.items() if isinstance(m.normalise, ImprovedSpectralNorm)}
+    growth = [n.u @ (layers[name].weight @ n.v) / n.sigma_init for name, n in norms.items()]
+    return dict(zip(norms, torch.stack(growth).tolist() if growth else [], strict=True))
 
 
 def draw_progress(figure, run: Training):
-    """Losses, logits and samples of a run, drawn into `figure`."""
+    """Losses, logits, how steep the layers are, and samples of a run, drawn into `figure`."""
     figure.clear()
-    losses, logits, pictures = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))
+    figure.set_size_inches(11, 5)
+    edges = {"left": 0.04, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.35, "hspace": 0.35}  # quick to draw
+    parts = figure.subplot_mosaic("LLGGSS;AAANNN", height_ratios=(1.8, 1), gridspec_kw=edges)
     images = [entry["images"] for entry in run.history]
-    for axis, names in ((losses, STATISTICS), (logits, LOGITS)):
-        for name in names:
-            style = "--" if name == "held_out" else "-"
-            axis.plot(images, [entry[name] for entry in run.history], style, label=name, linewidth=1)
-        axis.set_xlabel("images seen")
-        axis.legend(fontsize=8, loc="upper right")
-    for guessing in (math.log(2), 2 * math.log(2)):
-        losses.axhline(guessing, color="k", linewidth=0.5, linestyle=":")
-    losses.set_title("losses (dotted: log 2 and 2 log 2)", fontsize=10)
-    logits.set_title("mean logits", fontsize=10)
-    show_images(run.samples(36), "samples of the average", columns=6, axis=pictures)
-    figure.tight_layout()
+    for name, names, title in (("L", STATISTICS, "losses, and where guessing leads"), ("G", LOGITS, "mean logits")):
+        for each in names:
+            style = "--" if each == "held_out" else "-"
+            parts[name].plot(images, [entry[each] for entry in run.history], style, label=each, linewidth=1)
+        parts[name].set_title(title, fontsize=10)
+        parts[name].set_xlabel("images seen")
+        parts[name].legend(fontsize=8, loc="upper right")
+    for colour, guessing in (("C0", 2 * math.log(2)), ("C2", math.log(2))):
+        parts["L"].axhline(guessing, color=colour, linewidth=0.8, linestyle=":")
+        parts["L"].annotate(f"{guessing:.3f}", (0, guessing), xycoords=("axes fraction", "data"), fontsize=8)
+    growth = steepness(run.discriminator)
+    parts["S"].barh(list(growth), growth.values(), color="lightsteelblue")
+    parts["S"].tick_params("y", labelsize=6, length=0, pad=-4)
+    plt.setp(parts["S"].get_yticklabels(), ha="left")  # written on the bars
+    parts["S"].axvline(1, color="k", linewidth=0.8, linestyle=":")
+    parts["S"].invert_yaxis()
+    parts["S"].set_title("discriminator: σ(W) over its start", fontsize=10)
+    show_images(run.samples(36), "samples of the average", columns=12, axis=parts["A"])
+    show_images(run.samples(36, of_now=True), "of the generator as it is now", columns=12, axis=parts["N"])
 
 
 def save_progress(run: Training, path: Path):
     """`draw_progress` as a PNG file."""
-    figure = plt.figure(figsize=(11, 3.4))
+    figure = plt.figure()
     draw_progress(figure, run)
     plt.close(figure)  # only pyplot forgets it
     with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def save_film(run: Training, folder: Path):
+    """The sample grids that a run left in `folder`, one after the other, as an animated picture, samples.webp."""
+    from PIL import Image
+
+    frames = [path for path in sorted(folder.glob("samples-*.png")) if int(path.stem[-9:]) <= run.step]
+    frames = [Image.open(path) for path in (*frames, folder / "samples.png")]
+    with written_whole(folder / "samples.webp") as partial:
+        times = [250] * (len(frames) - 1) + [2000]  # milliseconds
+        frames[0].save(partial, "WEBP", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=70)
 
 
 def save_picture(images: Tensor, path: Path, columns: int = 8):
@@ -3199,10 +3288,11 @@ class Keeper:
     Only the first process prints and writes. What cannot be written is told once and does not end the run.
     """
 
-    def __init__(self, run: Training, folder: Path):
-        self.run, self.folder, self.first = run, folder, run.rank == 0
+    def __init__(self, run: Training, folder: Path, tensorboard: bool):
+        self.run, self.folder, self.first, self.tensorboard = run, folder, run.rank == 0, tensorboard
         self.taken_back, self.told, self.saved, self.drawn = 0, set(), time.monotonic(), time.monotonic()
-        self.bar = self.handle = None
+        self.bar = self.handle = self.board = None
+        self.pause = DRAW_SECONDS  # between two drawings of the figure
 
     def say(self, line: str):
         if self.first and line:
@@ -3235,6 +3325,10 @@ class Keeper:
         else:
             save_checkpoint(run, self.folder)
         self.write_log()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=run.step)  # hides what came after
         self.by_time = bool(config.minutes and not config.steps)
         total, unit = (round(60 * config.minutes), "s") if self.by_time else (config.steps or None, "step")
         pace = {"mininterval": 2.0 if LIVE or sys.stderr.isatty() else 10.0}  # few messages: a front end falls behind
@@ -3243,7 +3337,7 @@ class Keeper:
             from IPython.display import display
 
             with plt.ioff():
-                self.figure = plt.figure(figsize=(11, 3.4))
+                self.figure = plt.figure()
             draw_progress(self.figure, run)
             self.handle = display(self.figure, display_id=True)
         self.after_step()
@@ -3257,17 +3351,19 @@ class Keeper:
             return
         run = self.run
         self.bar.update(self.position() - self.bar.n)
-        doubling = run.step >= 16 and run.step.bit_count() == 1  # 16, 32, 64, …: early on much changes
-        if run.step == 0 or doubling or run.step == run.config.steps // 2:
+        if run.step == 0 or (run.step >= 16 and int(4 * math.log2(run.step)) > int(4 * math.log2(run.step - 1))):
+            # 16, 20, 23, 27, 32, 39, …, four in a doubling: early on much changes
             self.write(save_picture, run.samples(), self.folder / f"samples-{run.step:09d}.png")
-        if time.monotonic() - self.drawn > DRAW_SECONDS:
+        if time.monotonic() - self.drawn > self.pause:
             self.draw()
 
     def draw(self):
         if self.handle:
+            start = time.monotonic()
             draw_progress(self.figure, self.run)
             self.handle.update(self.figure)
             self.drawn = time.monotonic()
+            self.pause = max(DRAW_SECONDS, 100 * (self.drawn - start))  # 1 % of the time, however slow the machine
 
     def write_log(self):
         """The log as the run knows it: a run that goes on from a checkpoint has forgotten what came after."""
@@ -3278,6 +3374,14 @@ class Keeper:
     def note(self, entry: dict):
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
+        if self.board:
+            for kind, values in (
+                ("loss", {name: entry[name] for name in STATISTICS}),
+                ("logit", {name: entry[name] for name in LOGITS}),
+                ("steepness", steepness(self.run.discriminator)),
+            ):
+                for name, value in values.items():
+                    self.board.add_scalar(f"{kind}/{name}", value, self.run.step)
 
     def record(self):
         """One more line of the log; in float16 it says how many batches have been skipped so far."""
@@ -3299,6 +3403,9 @@ class Keeper:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+        if self.board:
+            self.write(self.board.add_image, "samples", to_grid(self.run.samples()), self.run.step, None, "HWC")
+            self.write(self.board.close)
         if self.handle:
             self.draw()
             plt.close(self.figure)
@@ -3310,6 +3417,7 @@ class Keeper:
         self.write(self.write_log)
         self.write(save_generator, self.run.average.module, self.folder / "generator.safetensors")
         self.write(save_picture, self.run.samples(), self.folder / "samples.png")
+        self.write(save_film, self.run, self.folder)
         self.write(save_progress, self.run, self.folder / "progress.png")
 
     def take_back(self):
@@ -3376,21 +3484,27 @@ def interrupts_wait():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def train(config: Config, resume: bool | str | Path | Training = True) -> Training:
+def train(config: Config, resume: bool | str | Path | Training = True, tensorboard: bool = False) -> Training:
     """Train until `config.steps` or `config.minutes` are reached, or an interrupt; returns the run.
 
     `resume`: True goes on from the newest checkpoint of this configuration if there is one; a path from that
     checkpoint; a run with that run as it is; False refuses to touch a folder that holds a run. Leaves a log, sample
-    grids and checkpoints in `run_folder(config)`. Minutes are those of training; compiling does not count.
+    grids and checkpoints in `run_folder(config)`, and with `tensorboard` a log for that in its folder of this name.
+    Minutes are those of training; compiling does not count.
 
     Raises `BadInput` for what the user must mend: input, before anything is written; a batch that does not fit into
     memory; not being finite for the fourth time. Whatever is raised, the last checkpoint stays.
     """
+    if tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401 - before anything is begun
+        except ImportError:
+            raise BadInput("tensorboard is not installed; run pip install tensorboard, or train without it.") from None
     if isinstance(resume, Training):
         refuse_another_run(resume.config, config, {"steps", "minutes", "out_dir"})
         resume.config = resume.generator.config = config  # one object, or the compiled step would compile again
     run, folder = resume if isinstance(resume, Training) else Training(config), run_folder(config)
-    keeper = Keeper(run, folder)
+    keeper = Keeper(run, folder, tensorboard)
     keeper.say(plan(run))
     keeper.say(resume_from(run, folder, resume))
     steps, seconds = config.steps or math.inf, 60 * config.minutes or math.inf
@@ -3399,7 +3513,7 @@ def train(config: Config, resume: bool | str | Path | Training = True) -> Traini
         if checkpoints(folder)[:1] == [folder / f"checkpoint-{run.step:09d}.pt"]:  # not gone back to an older one
             keeper.finish()
         if LIVE:
-            draw_progress(plt.figure(figsize=(11, 3.4)), run)
+            draw_progress(plt.figure(), run)
             plt.show()
         return run
     run.any_process(False)  # wait for each other: all have looked before the first one writes
@@ -3512,11 +3626,24 @@ def test_seed_decides_everything():
 # * **Logits.** *real* above *fake*. The gap is wide at first, narrows, and may widen again; it should neither vanish
 #   nor run away. *held out* are real images that it never trains on: when they drift from *real* to *fake*, the
 #   discriminator is learning the training images by heart.
-# * **Samples.** First the colours are right, then the layout, then things.
+# * **σ(W) over its start**, of the raw weight of each layer of the discriminator: the factor that the improved spectral
+#   norm divides by. A layer twice as large is turned by a step only half as far.
+# * **Samples.** First the colours are right, then the layout, then things. The average lags behind and jitters less.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
     run = train(config)
+
+# %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
+# @title Film: the same latents through the run
+if LIVE:
+    import base64
+
+    from IPython.display import HTML, display
+
+    film = base64.b64encode((run_folder(config) / "samples.webp").read_bytes()).decode()
+    alt = "samples of 64 fixed latents, from the start of the run to its end"
+    display(HTML(f'<img alt="{alt}" src="data:image/webp;base64,{film}">'))
 
 # %% [markdown]
 # The same latents at the start, early on and at the end.
@@ -3735,7 +3862,7 @@ def test_samples_follow_the_seed():
 # ## 21. Explore
 #
 # This shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the notebook, else the one that
-# you have just trained. (The stored pictures are of it after 300,000 images; now it has seen 350,000.)
+# you have just trained. Each picture is drawn anew when you let go of one of its sliders; that needs a running kernel.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -3743,96 +3870,196 @@ if LIVE:
     explored = load_generator(weights).to(run.device) if weights.exists() else run.average.module
     print(f"exploring {weights if weights.exists() else 'your run; weights/ is in the repository, not here'}")
 
-# %% [markdown]
-# **A latent walk.** Each row goes from one style to another in equal steps. A generator that has only learned some
-# images by heart would jump; that a row changes smoothly is a good sign, not a proof.
-
-
-# %%
-@demo
-@torch.no_grad()
-def latent_walk():
-    generator, (ends, steps) = explored, (6, 12)
-    w = generator.mapping(torch.randn(2 * ends, generator.config.latent_dim, device=run.device))  # (2 · ends, D)
-    t = torch.linspace(0, 1, steps, device=run.device)[None, :, None]
-    w = (w[:ends, None] * (1 - t) + w[ends:, None] * t).flatten(0, 1)  # (ends · steps, D)
-    show_images(generator.paint(w, generator.config.patch_size), "from one style to another", columns=steps)
-
-
-# %% [markdown]
-# **Truncation.** The same eight latents in each row; ψ grows downwards. At ψ = 0 all are the mean style, one image.
-
-
-# %%
-@demo
-@torch.no_grad()
-def truncation():
-    z = torch.randn(8, explored.config.latent_dim, device=run.device)
-    rows = [explored(z, truncation=psi) for psi in (0.0, 0.3, 0.6, 0.8, 1.0)]
-    show_images(torch.cat(rows), "ψ = 0, 0.3, 0.6, 0.8, 1 from top to bottom")
-
-
-# %% [markdown]
-# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution: here
-# 16 × 16 instead of 4 × 4 pixels a patch. Middle: the same image enlarged by bicubic interpolation. The SIREN draws its
-# own smooth surfaces within a patch; between patches nothing was ever asked of it at this resolution, so look for
-# seams.
-
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Picture: above the training resolution
-@demo
-@torch.no_grad()
-def above_the_training_resolution():
-    if explored.config.decoder == "conv":
-        print("A convolutional decoder paints the image as a whole, at the training resolution only.")
-        return
-    side = explored.config.patch_size
-    w = explored.mapping(torch.randn(6, explored.config.latent_dim, device=run.device))
-    coarse, fine = explored.paint(w, side), explored.paint(w, 4 * side)
-    nearest, bicubic = (F.interpolate(coarse, scale_factor=4, mode=mode) for mode in ("nearest", "bicubic"))
-    pictures = {"as trained": nearest, "bicubic, 4×": bicubic, "the SIREN asked at 4× the positions": fine}
-    _, axes = plt.subplots(3, 1, figsize=(9, 5), layout="tight")
-    for axis, (title, images) in zip(axes, pictures.items(), strict=True):
-        show_images(images, title, columns=6, axis=axis)
+# @title How the pictures of this section are drawn
+def latents(generator: nn.Module, n: int, seed: int) -> Tensor:
+    """The first `n` latents of a `seed`, (n, latent_dim), on the generator's device."""
+    z = torch.randn(n, generator.config.latent_dim, generator=torch.Generator().manual_seed(seed))
+    return z.to(generator.mapping.w_mean.device)
+
+
+def show_walks(walks: dict[str, Tensor]):
+    """Rows of images (steps, 3, H, W), and the share of the way that the largest step has."""
+    _, axes = plt.subplots(len(walks), 1, figsize=(10, 2.4), layout="tight")
+    for axis, (name, images) in zip(axes, walks.items(), strict=True):
+        way = images.diff(dim=0).abs().mean((1, 2, 3))  # (steps - 1,)
+        title = f"{name}: the largest of {len(way)} steps has {way.max() / way.sum().clamp_min(1e-9):.0%} of the way"
+        show_images(images, title, columns=len(images), axis=axis)
+
+
+def show_shares(rows: dict[str, Tensor]):
+    """Rows of images (B, 3, H, W), and for each how far it is on the way from the first row to the last."""
+    start, *_, end = rows.values()
+    way = end - start  # (B, 3, H, W)
+    _, axes = plt.subplots(len(rows), 1, figsize=(6.4, 1.05 * len(rows)), layout="tight")
+    for axis, (name, images) in zip(axes, rows.items(), strict=True):
+        share = ((images - start) * way).sum() / way.square().sum().clamp_min(1e-9)  # 0 for the first, 1 for the last
+        show_images(images, f"{name}: {share:.0%} of the way", axis=axis)
+
+
+def caught(network: nn.Module, x: Tensor, attention: nn.Module) -> tuple[Tensor, Tensor]:
+    """What `network` gives for `x` of one image, and the weights (N, N) of its `attention`, averaged over heads."""
+    weights = []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: weights.append(module.weights(inputs[0])))
+    y = network(x)
+    hook.remove()
+    return y, weights[0][0].mean(0).float().cpu()
+
+
+def show_attention(painted: Tensor, real: Tensor, maps: dict[str, Tensor], token: int):
+    """Images (1, 3, H, W) with the `token` marked, each before the `maps` (N,) that belong to it."""
+    grid, p = config.grid, config.patch_size
+    row, column = divmod(token, grid)
+    _, axes = plt.subplots(1, 5, figsize=(11, 2.5), layout="tight")
+    for axis, image, title in ((axes[0], painted, "a sample"), (axes[2], real, "a held-out image")):
+        show_images(image, title, axis=axis)
+        frame = plt.Rectangle((column * p + 0.5, row * p + 0.5), p, p, fill=False, edgecolor="red", linewidth=2)
+        axis.add_patch(frame)
+    for axis, (name, weight) in zip(axes[[1, 3, 4]], maps.items(), strict=True):
+        axis.imshow(weight.reshape(grid, grid))
+        if "class" not in name:
+            frame = plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2)
+            axis.add_patch(frame)
+        axis.set_title(f"{name}: at most {weight.max():.1%}", fontsize=10)
+        axis.axis("off")
+
+
+@functools.cache
+def training_thumbnails() -> Tensor:
+    """`thumbnails` of the training images and of their mirror images, (2M, 192)."""
+    parts = [thumbnails(part).float() for part in train_images.split(1000)]
+    return torch.cat([*parts, *(part.unflatten(1, (3, 8, 8)).flip(3).flatten(1) for part in parts)])
+
+
+def show_nearest(samples: Tensor, held_out: Tensor):
+    """Two blocks of uint8 images (6, 3, H, W), each over its three nearest training images."""
+    _, axes = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
+    for axis, images, name in ((axes[0], samples, "samples"), (axes[1], held_out, "held-out images")):
+        exact = "donot_use_mm_for_euclid_dist"  # a copy is at 0, not near it
+        distance = torch.cdist(thumbnails(images).float(), training_thumbnails(), compute_mode=exact)  # (6, 2M)
+        near, index = (distance / math.sqrt(192)).topk(3, largest=False)  # (6, 3)
+        found = train_images[index.T % len(train_images)]  # (3, 6, 3, H, W)
+        mirrored = (index.T >= len(train_images))[..., None, None, None]
+        found = torch.where(mirrored, found.flip(4), found).flatten(0, 1)
+        show_images(torch.cat([images, found]), columns=6, axis=axis)
+        each = "   ".join(f"{d:.3f}" for d in near[:, 0])
+        axis.set_title(f"{name}: {near[:, 0].mean():.3f} from the nearest\n{each}", fontsize=10)
+
+
+def show_resolutions(rows: dict[str, list[Tensor]], grid: int):
+    """Rows of images (1, 3, H, H) of growing H, and how much they change across the borders of `grid` patches."""
+    _, axes = plt.subplots(len(rows), 4, figsize=(11, 6), layout="tight")
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            side = image.shape[3] // grid
+            steps = image.diff(dim=3).abs().mean((0, 1, 2))  # (H - 1,), from each column to the next
+            at_border = torch.arange(1, len(steps) + 1, device=steps.device) % side == 0
+            seam = steps[at_border].mean() / steps[~at_border].mean()
+            axis.imshow(to_uint8(image)[0].permute(1, 2, 0).cpu(), interpolation="nearest")
+            axis.set_title(f"{name}, {image.shape[3]} pixels: seams {seam:.1f}", fontsize=10)
+            axis.axis("off")
 
 
 # %% [markdown]
-# **Where the discriminator looks.** The class token gathers the verdict. Bright is what it attends to in the last block
-# of your run, averaged over the heads, each map on its own scale. With `smoke` the maps hardly follow the shapes.
+# **A latent walk** between two seeds: in $z$ along the sphere on which random latents lie, and in $w$ along a straight
+# line. A generator that had learned some images by heart would jump: then one step would have most of the way.
 
 
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Picture: attention of the class token
-@demo
-@torch.no_grad()
-def attention_of_the_class_token():
+# %% tags=["nbval-ignore-output"]
+@sliders(first=(0, 99), second=(0, 99))
+def latent_walk(first=0, second=1, steps=12):
+    (a, b), g = (latents(explored, 1, seed) for seed in (first, second)), explored
+    t = torch.linspace(0, 1, steps, device=a.device)[:, None]  # (steps, 1)
+    angle = torch.acos(F.cosine_similarity(a, b).clamp(-0.9999, 0.9999))
+    z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)  # (steps, latent_dim)
+    w = torch.lerp(g.mapping(a), g.mapping(b), t)  # (steps, D)
+    show_walks({"spherical in z": g(z), "linear in w": g.paint(w, g.config.patch_size)})
+
+
+# %% [markdown]
+# **Truncation.** The same eight latents at ψ = 0, where all are the mean style, at the ψ of the slider, and at 1.
+
+
+# %% tags=["nbval-ignore-output"]
+@sliders(psi=(0.0, 1.0, 0.1), seed=(0, 99))
+def truncation(psi=0.5, seed=0):
+    z = latents(explored, 8, seed)
+    show_images(torch.cat([explored(z, truncation=p) for p in (0.0, psi, 1.0)]), f"ψ = 0, {psi:.1f}, 1 from above")
+
+
+# %% [markdown]
+# **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
+# norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards
+# being the other ones, as a share of the whole way in pixels.
+
+
+# %% tags=["nbval-ignore-output"]
+@sliders(one=(0, 99), other=(0, 99))
+def one_block_of_another_style(one=0, other=1):
+    w, other_w = (explored.mapping(latents(explored, 8, seed)) for seed in (one, other))  # (8, D) each
+    rows = {"all of the one style": explored.paint(w, explored.config.patch_size)}
+    for name, part in [*((f"block {k + 1}", b) for k, b in enumerate(explored.blocks)), ("last norm", explored.norm)]:
+        hook = part.register_forward_pre_hook(lambda _, inputs: (inputs[0], other_w))
+        rows[f"{name} of the other"] = explored.paint(w, explored.config.patch_size)
+        hook.remove()
+    show_shares(rows | {"all of the other style": explored.paint(other_w, explored.config.patch_size)})
+
+
+# %% [markdown]
+# **Where a token looks**, in your run: in the generator while it paints a sample, and in the discriminator while it
+# judges a held-out image, in a block of your choice, averaged over the heads. The class token, which gathers the
+# verdict, is drawn beside. Above each map: how much the brightest patch gets; 1.6 % is what each of 64 would get if all
+# were alike.
+
+
+# %% tags=["nbval-ignore-output"]
+@sliders(image=first_images, row=along_a_side, column=along_a_side, block=lambda: (1, config.depth))
+def attention_of_a_token(image=0, row=3, column=3, block=2):
     if config.discriminator != "vit":
         print("This discriminator has no attention to look at.")
         return
-    discriminator, images = run.discriminator.eval(), to_float(held_out_images[:8]).to(run.device)
-    *others, last = discriminator.blocks
-    h = nn.Sequential(*others)(discriminator.tokens(images))
-    weights = last.attention.weights(last.norm1(h))[:, :, 0, 1:].mean(1)  # (B, N), from the class token to the patches
-    discriminator.train()
-    _, axes = plt.subplots(2, len(images), figsize=(10, 2.7), squeeze=False)
-    for above, below, image, weight in zip(*axes, images, weights, strict=True):
-        show_images(image[None], axis=above)
-        below.imshow(weight.reshape(config.grid, config.grid).cpu(), interpolation="bilinear")
-        below.axis("off")
-    plt.suptitle("held-out images, and the attention of the class token", fontsize=10)
+    g, d, token = run.average.module, run.discriminator.eval(), row * config.grid + column
+    z, real = latents(g, 1, image), to_float(held_out_images[[image]]).to(run.device)
+    painted, in_g = caught(g, z, g.blocks[block - 1].attention)  # (1, 3, H, W), (N, N)
+    _, in_d = caught(d, real, d.blocks[block - 1].attention)  # (1 + N, 1 + N), the class token first
+    maps = {"generator": in_g[token], "discriminator": in_d[1 + token, 1:], "its class token": in_d[0, 1:]}
+    show_attention(painted, real, maps, token)
+    d.train()
 
 
 # %% [markdown]
-# **Turn the knobs yourself.** Needs a running kernel.
+# **Is it a copy?** Samples of your run, and held-out images, over the three training images that are nearest in 8 × 8
+# colours, mirrored ones included; above each column the distance to the first. A copy would be at 0. Held-out images
+# are no copies: samples that are about as far from the training images are none either.
+
 
 # %% tags=["nbval-ignore-output"]
-if LIVE:
-    import ipywidgets
+@sliders(seed=(0, 99))
+def nearest_training_images(seed=0):
+    samples = sample(run.average.module, 6, seed)
+    show_nearest(samples, held_out_images[(torch.arange(6) + 6 * seed) % len(held_out_images)])
 
-    @ipywidgets.interact(seed=(0, 99), truncation=(0.0, 1.0, 0.1))
-    def sixteen_samples(seed=0, truncation=0.8):
-        show_images(sample(explored, 16, seed=seed, truncation=truncation))
+
+# %% [markdown]
+# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution. Above
+# the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Between patches nothing
+# was ever asked of it there: the number is how much larger the step from pixel to pixel is across the border of two
+# patches than inside them, 1 for no seam.
+
+
+# %% tags=["nbval-ignore-output"]
+@sliders(seed=(0, 99))
+def above_the_training_resolution(seed=0):
+    if explored.config.decoder == "conv":
+        print("A convolutional decoder paints the image as a whole, at the training resolution only.")
+        return
+    g, side = explored, explored.config.patch_size
+    w = g.mapping(latents(g, 1, seed))
+    sirens = [g.paint(w, side * k) for k in (1, 2, 4, 8)]  # (1, 3, k · H, k · H) each
+    bicubics = [F.interpolate(sirens[0], scale_factor=k, mode="bicubic") for k in (1, 2, 4, 8)]
+    show_resolutions({"SIREN": sirens, "bicubic": bicubics}, g.config.grid)
+
 
 # %% [markdown]
 # <a name="found"></a>
@@ -4303,7 +4530,7 @@ def command_train(flags: argparse.Namespace):
     config = config_from_flags(flags)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"profile {flags.profile}", flush=True)
-    run = train(config, resume=flags.resume_from or not flags.no_resume)
+    run = train(config, flags.resume_from or not flags.no_resume, flags.tensorboard)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if run.rank == 0 and not run.saved:
@@ -4429,6 +4656,7 @@ def main(argv: list[str]) -> int:
             )
     flag = each["train"].add_argument
     flag("--resume-from", help="go on from this checkpoint")
+    flag("--tensorboard", action="store_true", help="a log for TensorBoard, in the run's folder")
     flag("--no-resume", action="store_true", help="refuse to go on with a run that is already there")
     flag = each["sample"].add_argument
     flag("--n", type=int, default=64, help="how many images")

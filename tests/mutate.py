@@ -63,7 +63,7 @@ ENGINE = {
 NOT_EDITED = {  # drawings, file formats, messages, what only a picture uses, what is sent to a GPU
     "draw_shapes", "read_image", "decode", "read_folder", "read_cifar10", "sent", "learn_by_heart", "shape_walk", "gelu_after_the_head",
     "real_images_from_zero_to_one", "few_images_and_nothing_against_it", "train_small", "keep_freed_memory",
-    "draw_progress", "save_progress", "save_picture", "plan", "duration", "evaluate", "Keeper.draw",
+    "draw_progress", "save_progress", "save_picture", "save_film", "plan", "duration", "evaluate", "Keeper.draw",
     "Training.images_for_all", "Training.any_process",  # for several processes
 }  # fmt: skip
 MESSAGES = {"print", "say", "BadInput", "ValueError"}

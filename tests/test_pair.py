@@ -1,6 +1,7 @@
 """The notebook and the script are one; the notebook is executed, whole and fit for GitHub and Colab."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -45,7 +46,29 @@ def test_a_learner_reads_about_1200_lines_in_short_cells():
 
 
 def test_pictures_are_png():
+    """And what moves, which GitHub may not show, has still pictures beside it."""
     images = [
         kind for cell in CODE for out in cell["outputs"] for kind in out.get("data", {}) if kind.startswith("image/")
     ]
     assert set(images) == {"image/png"} and len(images) >= 12
+    for cell in CODE:
+        if "@sliders(" in "".join(cell["source"]):
+            assert [kind for out in cell["outputs"] for kind in out.get("data", {})].count("image/png") == 1
+
+
+def test_small_enough_for_github_without_widgets_and_every_picture_described():
+    assert (ROOT / "ViTGAN.ipynb").stat().st_size < 6_000_000
+    kinds = {kind for cell in CODE for out in cell["outputs"] for kind in out.get("data", {})}
+    assert not any("widget" in kind for kind in kinds)
+    html = [out["data"]["text/html"] for cell in CODE for out in cell["outputs"] if "text/html" in out.get("data", {})]
+    assert html and all(' alt="' in tag for page in html for tag in re.findall("<img[^>]*>", "".join(page)))
+
+
+def test_headings_are_a_table_of_contents():
+    """Numbered, each with an anchor, and the map links to every one in this order."""
+    cells = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown"]
+    headings = [re.search(r'<a name="(.+)"></a>\n## (\w+)\. ', cell) for cell in cells if re.search("^## ", cell, re.M)]
+    assert [found[2] for found in headings] == [*map(str, range(1, 24)), "A", "B"]
+    contents = cells[0].split("**Contents.**")[1]
+    linked = re.findall(r"\[(\w+) [^]]+\]\(#([\w-]+)\)", contents)
+    assert linked == [(found[2], found[1]) for found in headings]

@@ -379,8 +379,8 @@ def test_record(run):
     run.seconds = 1.26
     g, d = named(run.generator), named(run.discriminator)
     entry = run.record()
-    fake = reference.generator(g, reference.mapping(g, run.fixed_z), **painting(SIZES))
-    real, held_out = (2 * images[:64].double() / 255 - 1 for images in (run.images, run.held_out))
+    fake = reference.generator(g, reference.mapping(g, run.fixed_z[:32]), **painting(SIZES))
+    real, held_out = (2 * images[:32].double() / 255 - 1 for images in (run.images, run.held_out))
     expected = {"step": 3, "images": 21, "seconds": 1.3, "loss_d": 1.5, "consistency": 3.0, "loss_g": 6.0}
     for name, images in (("real", real), ("held_out", held_out), ("fake", fake)):
         expected[name] = reference.discriminator(d, images, patch_size=4, heads=2).mean().item()
@@ -475,6 +475,9 @@ def test_samples_of_a_run_are_of_the_average(run, tmp_path):
     stirred(run.average)
     average = named(run.average.module)
     assert torch.equal(run.samples(3), painted(average, run.fixed_z[:3]))
+    now = named(run.generator)
+    assert torch.equal(run.samples(3, of_now=True), painted(now, run.fixed_z[:3])) and run.generator.training
+    assert_same(named(run.generator), now)
     with pytest.raises(vitgan_nb.BadInput, match="holds no checkpoint"):
         vitgan_nb.load_generator(tmp_path)
     for path in (vitgan_nb.save_checkpoint(run, tmp_path), tmp_path):
