@@ -3747,13 +3747,8 @@ def kid_of_thumbnails(samples: Tensor, real: Tensor) -> dict:
     a, b = (thumbnails(images[: lots * lot]).split(lot) for images in (samples, real))
     kids = torch.stack([1000 * kid(x, y) for x, y in zip(a, b, strict=True)])
     error = float(kids.std()) / math.sqrt(lots)
-    return {
-        "extractor": "thumbnails",
-        "samples": len(samples),
-        "real": len(real),
-        "kid": float(kids.mean()),
-        "error": error,
-    }
+    counts = {"samples": len(samples), "real": len(real)}
+    return {"extractor": "thumbnails", **counts, "kid": float(kids.mean()), "error": error}
 
 
 def evaluate(samples: Tensor, real: Tensor) -> dict:
