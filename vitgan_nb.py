@@ -1621,7 +1621,10 @@ class Generator(nn.Module):
         return self.norm(h, w)  # (B, N, D)
 
     def paint(self, w: Tensor, resolution: int) -> Tensor:
-        """Styles (B, D) -> images of `resolution` × `resolution` pixels a patch, (B, 3, grid · resolution, same)."""
+        """Styles (B, D) -> images of `resolution` × `resolution` pixels a patch, (B, 3, grid · resolution, same).
+
+        Raises `BadInput` for another resolution than `patch_size` where the decoder is "conv".
+        """
         if self.config.decoder == "conv":
             return self.conv(self.tokens(w), resolution)
         pixels = patch_centres(resolution, w.device)  # (M, 2), M = resolution²
@@ -4172,7 +4175,7 @@ def above_the_training_resolution(seed=0):
 # **`discriminator="stylegan2"`**: the paper's lowest FID on CIFAR-10, 4.57, is of its generator with the convolutional
 # discriminator of StyleGAN2 (Karras et al. 2020). Residual blocks halve the side until it is 4; before each halving
 # images are blurred, or what lies between the pixels that are kept would be lost or appear as a pattern. It has $D$
-# channels at 4 × 4 and half as many at each doubling of the side, 16 at least: 0.56 M weights for `smoke`. One feature
+# channels at 4 × 4 and half as many at each doubling of the side, 16 at least: 0.57 M weights for `smoke`. One feature
 # at 4 × 4, the *minibatch deviation*, is not of an image but of four: how much they differ. A generator that paints
 # one image again and again betrays itself there. Groups are of four neighbours in the batch, so that real and
 # generated images never meet in one, and each of several processes forms its own.

@@ -1,6 +1,8 @@
 """`benchmarks/limit.py`: each of its discriminators is the one that its name says, and its measure is what it says."""
 
+import itertools
 import sys
+import time
 
 import pytest
 import torch
@@ -8,8 +10,15 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import limit
+from ablations import train_changed
 
 import vitgan_nb as v
+
+
+def test_a_run_can_stop_after_minutes(monkeypatch):
+    monkeypatch.setattr(time, "process_time", itertools.count(0, 10).__next__)  # a look at the clock takes 10 seconds
+    ((line, samples),) = train_changed(v.TINY, {}, [4, 8], minutes=1.0)
+    assert line["images"] == 20 and line["seconds"] == 70 and samples.shape == (2000, 16, 16, 3)
 
 
 def test_area_is_the_share_of_pairs_in_order():
