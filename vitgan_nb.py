@@ -3718,7 +3718,7 @@ def show_walks(walks: dict[str, Tensor]):
     _, axes = plt.subplots(len(walks), 1, figsize=(10, 2.4), layout="tight")
     for axis, (name, images) in zip(axes, walks.items(), strict=True):
         way = images.diff(dim=0).abs().mean((1, 2, 3))  # (steps - 1,)
-        title = f"{name}: the largest of {len(way)} steps has {way.max() / way.sum().clamp_min(1e-9):.0%} of the way"
+        title = f"{name}: the largest of {len(way)} steps has {way.max() / way.sum().clamp_min(1e-2):.0%} of the way"
         show_images(images, title, columns=len(images), axis=axis)
 
 

@@ -80,9 +80,13 @@ def lab(tmp_path):
     from playwright.sync_api import sync_playwright
 
     home = tmp_path / "home"
-    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # every cell is on the page
+    for extension, settings in (
+        ("notebook-extension/tracker", {"windowingMode": "none"}),  # every cell is on the page
+        ("apputils-extension/notification", {"fetchNews": "false"}),
+    ):
+        file = home / "settings" / "@jupyterlab" / f"{extension}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(settings))
     notebook = ["--to", "ipynb", "-o", tmp_path / "ViTGAN.ipynb", SCRIPT]
     subprocess.run([sys.executable, "-m", "jupytext", *notebook], check=True, capture_output=True)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
@@ -93,7 +97,7 @@ def lab(tmp_path):
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
          "--IdentityProvider.token=", "--expose-app-in-browser", f"--ServerApp.root_dir={tmp_path}",
          f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'workspaces'}",
-         "--LabApp.news_url=None"],
+         ],
         env=os.environ | {"JUPYTER_CONFIG_DIR": str(home), "VITGAN_MINUTES": "60", "MPLBACKEND": "agg"},
         stdout=subprocess.DEVNULL, stderr=(tmp_path / "server.log").open("w"),
     )  # fmt: skip
