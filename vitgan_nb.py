@@ -179,18 +179,23 @@ def sliders(**ranges) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
-        function = torch.no_grad()(seeded()(function))
+        @functools.wraps(function)
+        def draw(**values):
+            with seeded(), torch.no_grad():
+                function(**values)
+            if LIVE:
+                plt.show()  # nobody else does when a slider has moved
+
         if LIVE:
             try:
                 import ipywidgets
 
                 now = {name: limits() if callable(limits) else limits for name, limits in ranges.items()}
-                for slider in ipywidgets.interact(function, **now).widget.children[:-1]:
+                for slider in ipywidgets.interact(draw, **now).widget.children[:-1]:
                     slider.continuous_update = False  # one picture a move: a slow machine does not fall behind
             except ImportError:
-                function()
-                plt.show()
-        return function
+                draw()
+        return draw
 
     return decorate
 
@@ -3882,7 +3887,7 @@ def show_walks(walks: dict[str, Tensor]):
     _, axes = plt.subplots(len(walks), 1, figsize=(10, 2.4), layout="tight")
     for axis, (name, images) in zip(axes, walks.items(), strict=True):
         way = images.diff(dim=0).abs().mean((1, 2, 3))  # (steps - 1,)
-        title = f"{name}: the largest of {len(way)} steps has {way.max() / way.sum().clamp_min(1e-9):.0%} of the way"
+        title = f"{name}: the largest of {len(way)} steps has {way.max() / way.sum().clamp_min(1e-2):.0%} of the way"
         show_images(images, title, columns=len(images), axis=axis)
 
 
@@ -3966,8 +3971,8 @@ def show_resolutions(rows: dict[str, list[Tensor]], grid: int):
 
 # %% tags=["nbval-ignore-output"]
 @sliders(first=(0, 99), second=(0, 99))
-def latent_walk(first=0, second=1, steps=12):
-    (a, b), g = (latents(explored, 1, seed) for seed in (first, second)), explored
+def latent_walk(first=0, second=1):
+    (a, b), g, steps = (latents(explored, 1, seed) for seed in (first, second)), explored, 12
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]  # (steps, 1)
     angle = torch.acos(F.cosine_similarity(a, b).clamp(-0.9999, 0.9999))
     z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)  # (steps, latent_dim)

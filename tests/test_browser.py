@@ -80,9 +80,13 @@ def lab(tmp_path):
     from playwright.sync_api import sync_playwright
 
     home = tmp_path / "home"
-    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # every cell is on the page
+    for extension, settings in (
+        ("notebook-extension/tracker", {"windowingMode": "none"}),  # every cell is on the page
+        ("apputils-extension/notification", {"fetchNews": "false"}),
+    ):
+        file = home / "settings" / "@jupyterlab" / f"{extension}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(settings))
     notebook = ["--to", "ipynb", "-o", tmp_path / "ViTGAN.ipynb", SCRIPT]
     subprocess.run([sys.executable, "-m", "jupytext", *notebook], check=True, capture_output=True)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
@@ -93,7 +97,7 @@ def lab(tmp_path):
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
          "--IdentityProvider.token=", "--expose-app-in-browser", f"--ServerApp.root_dir={tmp_path}",
          f"--LabApp.user_settings_dir={home / 'settings'}", f"--LabApp.workspaces_dir={home / 'workspaces'}",
-         "--LabApp.news_url=None"],
+         ],
         env=os.environ | {"JUPYTER_CONFIG_DIR": str(home), "VITGAN_MINUTES": "60", "MPLBACKEND": "agg"},
         stdout=subprocess.DEVNULL, stderr=(tmp_path / "server.log").open("w"),
     )  # fmt: skip
@@ -171,19 +175,19 @@ def test_run_all_interrupt_go_on_and_move_every_slider(lab, tmp_path):
     for n in (n for n in code if "@sliders(" in cells()[n]["source"]):
         picture = shown(n).locator(".jp-OutputArea-output img").last
         shown(n).scroll_into_view_if_needed()
-        handles = shown(n).locator(".noUi-handle")
-        assert handles.count() >= 1
+        bars = shown(n).locator(".noUi-target")
+        assert bars.count() >= 1
         shown(n).screenshot(path=tmp_path / f"slider-{n}-before.png")
-        for k in range(handles.count()):
+        for k in range(bars.count()):
             before = picture.get_attribute("src")
-            handles.nth(k).focus()
-            key = (
-                "ArrowLeft"
-                if handles.nth(k).get_attribute("aria-valuenow") == handles.nth(k).get_attribute("aria-valuemax")
-                else "ArrowRight"
-            )
-            handles.nth(k).press(key)
-            until(lambda: idle() and picture.get_attribute("src") not in (before, None), 120)  # noqa: B023
+            bar, handle = (part.bounding_box() for part in (bars.nth(k), bars.nth(k).locator(".noUi-handle")))
+            at = [handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2]
+            to = bar["x"] + (0.1 if at[0] > bar["x"] + 0.6 * bar["width"] else 0.9) * bar["width"]
+            lab.mouse.move(*at)
+            lab.mouse.down()
+            lab.mouse.move(to, at[1], steps=5)
+            lab.mouse.up()
+            until(lambda: picture.get_attribute("src") not in (before, None), 120)  # noqa: B023
             moved += 1
         shown(n).screenshot(path=tmp_path / f"slider-{n}-after.png")
     assert moved >= 18

@@ -53,7 +53,7 @@ def test_every_slider_moves_the_picture(live, name):
     function = getattr(live, name)
     still, _ = drawn(function)
     assert (drawn(function)[0] == still).all()  # the same slider, the same picture
-    assert {key for move in MOVES[name] for key in move} == {*inspect.signature(function).parameters} - {"steps"}
+    assert {key for move in MOVES[name] for key in move} == {*inspect.signature(function).parameters}
     for move in MOVES[name]:
         moved, _ = drawn(function, **move)
         assert moved.shape != still.shape or (moved != still).any(), move
@@ -64,11 +64,11 @@ def test_a_walk_starts_and_ends_at_its_seeds_and_stays_on_the_sphere(live, monke
     monkeypatch.setattr(vitgan_nb, "show_walks", seen.update)
     monkeypatch.setattr(live.explored, "forward", lambda z: walked.append(z) or Generator.forward(live.explored, z))
     for second in (1, 0):  # 0: nowhere to go
-        live.latent_walk(0, second, steps=5)
+        live.latent_walk(first=0, second=second)
         (z,), ends = walked, [live.latents(live.explored, 1, seed) for seed in (0, second)]
         torch.testing.assert_close(z[[0, -1]], torch.cat(ends), rtol=1e-3, atol=1e-3)
         assert (
-            z.norm(dim=1) / torch.lerp(*(end.norm() for end in ends), torch.linspace(0, 1, 5)) - 1
+            z.norm(dim=1) / torch.lerp(*(end.norm() for end in ends), torch.linspace(0, 1, 12)) - 1
         ).abs().max() < 0.2
         for images in seen.values():
             torch.testing.assert_close(images[[0, -1]], live.explored(torch.cat(ends)), rtol=1e-2, atol=1e-2)
