@@ -152,7 +152,7 @@ def test_what_other_networks_cannot_show_is_told(monkeypatch, capsys):
     for name, value in (("explored", generator), ("config", config)):
         monkeypatch.setattr(vitgan_nb, name, value, raising=False)
     vitgan_nb.above_the_training_resolution()
-    vitgan_nb.attention_of_the_class_token()
+    vitgan_nb.attention_of_a_token()
     assert len(capsys.readouterr().out.splitlines()) == 2
     with pytest.raises(BadInput, match="4 × 4 pixels a patch and no others"):
         generator.paint(torch.randn(1, 24), 8)

@@ -158,13 +158,13 @@ MISTAKES = [
     (
         "no seed",
         "test_seed_decides_everything",
-        [("        torch.manual_seed(config.seed)\n        self.generator", "        torch.seed()\n        self.generator"),
+        [("        torch.manual_seed(config.seed)\n        judge", "        torch.seed()\n        judge"),
          ("        torch.manual_seed(config.seed)  # from", "        torch.seed()  # from")],
     ),
     (
         "real images always better than noise, by a metric that looks at one side only",
         "test_kid_is_its_formula_and_ranks",
-        [("a, b, lots = thumbnails(samples), ", "a, b, lots = thumbnails(real), ")],
+        [("for images in (samples, real))", "for images in (real, real))")],
     ),
     (
         "exercise: no √2 in the mapping network",
