@@ -85,7 +85,7 @@
 #
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
-# with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit.
+# with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -97,6 +97,7 @@ DATASET = "auto"  # @param ["auto", "cifar10", "shapes", "folder"]
 FOLDER = ""  # @param {type: "string"}
 MINUTES = 0  # @param {type: "number"}
 SEED = 0  # @param {type: "integer"}
+CLASSES = False  # @param {type: "boolean"}
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -323,7 +324,7 @@ TINY = Config(
 # @title What was chosen
 if LIVE:
     profile = PROFILE if PROFILE != "auto" else "lesson" if best_device().type == "cuda" else "smoke"
-    config = replace(PROFILES[profile], seed=SEED)
+    config = replace(PROFILES[profile], seed=SEED, classes=CLASSES)
     if DATASET != "auto":
         config = replace(config, dataset=DATASET, data_root=FOLDER)
     elif FOLDER:
@@ -396,19 +397,21 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0) -> Tensor:
 
     pixel = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
-    radius, angle = uniform(0.4, 0.65, 1, 1), uniform(-0.5, 0.5, 1, 1)
-    u, v = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
-    u, v = (u * angle.cos() + v * angle.sin()) / radius, (v * angle.cos() - u * angle.sin()) / radius
-    distance = torch.empty(n, size, size)
-    for kind, shape in enumerate(SHAPES.values()):
-        distance[kind :: len(SHAPES)] = shape(u[kind :: len(SHAPES)], v[kind :: len(SHAPES)])
-    inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # an edge one pixel wide
-    hue = uniform(0, 1, 1, 1, 1) + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1)
-    paint = 0.55 + 0.45 * torch.cos(2 * math.pi * hue)  # a saturated colour, (n, 3, 1, 1)
-    sky, ground = uniform(0.5, 1.0, 3, 1, 1), uniform(0.0, 0.5, 3, 1, 1)
-    background = sky + (ground - sky) * (y + 1) / 2  # light above, dark below
-    images = background + inside * (paint - background)
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+    drawn = [uniform(*low_high, 1, 1) for low_high in ((0.4, 0.65), (-0.5, 0.5), (-0.3, 0.3), (-0.3, 0.3))]
+    drawn += [uniform(0, 1, 1, 1, 1), uniform(0.5, 1.0, 3, 1, 1), uniform(0.0, 0.5, 3, 1, 1)]
+    images = []
+    for radius, angle, right, down, hue, sky, ground in zip(*(each.split(1000) for each in drawn), strict=True):
+        u, v = x - right, y - down  # (lot, size, size); a thousand at a time, for the memory's sake
+        u, v = (u * angle.cos() + v * angle.sin()) / radius, (v * angle.cos() - u * angle.sin()) / radius
+        distance = torch.empty_like(u)
+        for kind, shape in enumerate(SHAPES.values()):
+            distance[kind :: len(SHAPES)] = shape(u[kind :: len(SHAPES)], v[kind :: len(SHAPES)])
+        inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # an edge one pixel wide
+        hue = hue + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1)
+        paint = 0.55 + 0.45 * torch.cos(2 * math.pi * hue)  # a saturated colour, (lot, 3, 1, 1)
+        background = sky + (ground - sky) * (y + 1) / 2  # light above, dark below
+        images.append((background + inside * (paint - background)).mul(255).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(images)
 
 
 def read_image(path: Path, size: int) -> tuple[Tensor, str]:
@@ -3514,7 +3517,8 @@ def kid(a: Tensor, b: Tensor) -> Tensor:
 
 def thumbnails(images: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) -> the mean colours of the fields of an 8 × 8 grid, (B, 192), from 0 to 1, float64."""
-    return F.adaptive_avg_pool2d(images.double() / 255, 8).flatten(1)  # (B, 192)
+    parts = images.split(1000)  # for the memory's sake
+    return torch.cat([F.adaptive_avg_pool2d(part.double() / 255, 8).flatten(1) for part in parts])  # (B, 192)
 
 
 # %% [markdown]
@@ -3546,13 +3550,15 @@ def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0,
     device, training = next(generator.parameters()).device, generator.training
     dtype = number_format(generator.config.precision, device)
     rng, images = torch.Generator().manual_seed(seed), []
+    lot = max(1, 100 * 32**2 // generator.config.image_size**2)  # images painted at once: 100 of 32 × 32
     generator.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for start in range(0, n, 100):
             z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
-            labels = [start + k if label is None else label for k in range(len(z))]
-            y = {"labels": torch.tensor(labels, device=device) % kinds} if kinds else {}
-            images.append(to_uint8(generator(z.to(device), truncation, **y)).cpu())
+            labels = torch.tensor([start + k if label is None else label for k in range(len(z))])
+            for part in torch.arange(len(z)).split(lot):
+                y = {"labels": (labels[part] % kinds).to(device)} if kinds else {}
+                images.append(to_uint8(generator(z[part].to(device), truncation, **y)).cpu())
     generator.train(training)
     return torch.cat(images)
 
@@ -3688,8 +3694,11 @@ def test_samples_follow_the_seed():
 # %% tags=["nbval-ignore-output"]
 if LIVE:
     weights = Path("weights/vitgan-cifar10.safetensors")
-    explored = load_generator(weights).to(run.device) if weights.exists() else run.average.module
-    print(f"exploring {weights if weights.exists() else 'your run; weights/ is in the repository, not here'}")
+    ours = weights.exists() and not config.classes  # it has learned no classes
+    explored = load_generator(weights).to(run.device) if ours else run.average.module
+    print(
+        f"exploring {weights if ours else 'your run' if config.classes else 'your run; weights/ is in the repository, not here'}"
+    )
 
 # %% [markdown]
 # **A latent walk.** Each row goes from one style to another in equal steps. A generator that has only learned some
