@@ -77,7 +77,7 @@
 # **Training:** [15 Losses and consistency](#losses) · [16 The step](#step) · [17 Muon](#muon) ·
 # [18 Engine room](#engine) · [19 Train](#train) ·
 # **After:** [20 Measure](#measure) · [21 Explore](#explore) · [22 What we found](#found) · [23 Try next](#next) ·
-# [A Speed](#speed) · [B The command line](#command-line)
+# [B Classes and larger images](#classes) · [A Speed](#speed) · [B The command line](#command-line)
 
 # %% [markdown]
 # <a name="settings"></a>
@@ -3847,7 +3847,7 @@ if LIVE:
 #   200,000 it is gone from FRD, but not from recall.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two separate losses (R3GAN).
 #   We tried one setting without gain.
-# * Labels: join the class to $z$, and let the discriminator judge image and class together.
+# * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**
 #
@@ -3890,6 +3890,96 @@ if LIVE:
 # * Zhao, Singh, Lee, Zhang, Odena & Zhang (2021). *Improved consistency regularization for GANs* (bCR). AAAI.
 #   [arXiv:2002.04724](https://arxiv.org/abs/2002.04724)
 
+
+# %% [markdown]
+# <a name="classes"></a>
+# ## B. Classes and larger images
+#
+# **Classes.** CIFAR-10 says of every image which of ten classes it shows; of shapes it is the kind, in a folder the
+# subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $y$:
+#
+# * The **generator** learns a vector $e_y$ for each label, scaled to the length of $z$ and joined to it, and the mapping
+#   network makes its style from both, $w = f([z; e_y])$. Adding $e_y$ to $z$ would do as well; joined, neither can hide the
+#   other (the code is at the end of section 8).
+# * The **discriminator** learns a vector $v_y$ for each label, and its logit gets one more term, the **projection** of the
+#   class token on it (Miyato & Koyama 2018). These vectors, as one matrix, are under the spectral normalisation of
+#   section 13 like all others:
+#
+# $$D(x, y) = \mathrm{head}(h) + \frac{\langle v_y, h\rangle}{\sqrt D}$$
+#
+# A painted image is judged with the label that it was painted for, and these labels are drawn as frequently as they occur
+# among the real images. At the end of a run `classes.png` shows every class in a row and every $z$ in a column; `python
+# vitgan_nb.py sample --weights FOLDER --label 3` paints one class, and section 21 gets a slider. At $\psi = 0$ all classes
+# are the one mean style: truncation takes the class away too.
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Picture: every class in a row, where classes are learned
+@demo
+def every_class_in_a_row():
+    if config.classes:
+        show_images(run.class_rows(), "a class in each row, a latent in each column", columns=10)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Check: classes
+@check
+def test_projection_is_its_formula():
+    """Classes: the discriminator's logit is the head's and the projection's; the projection is normalised"""
+    discriminator, labels = Discriminator(replace(TINY, classes=True), kinds=3), torch.tensor([2, 0, 2, 1])
+    seen = []
+    discriminator.norm.register_forward_hook(lambda _, __, h: seen.append(h))
+    logits = discriminator.eval()(torch.rand(4, 3, 16, 16) * 2 - 1, labels)
+    (h,), weight = seen, discriminator.projection.weight
+    torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2), discriminator.projection.normalise.sigma_init)
+    added = torch.stack([weight[:, label] @ h[k] for k, label in enumerate(labels)]) / math.sqrt(TINY.dim)
+    torch.testing.assert_close(logits, discriminator.head(h)[:, 0] + added)
+    assert 0.3 < added.std() / discriminator.head(h).std() < 30  # neither drowns the other
+    discriminator.projection.weight.data *= 2  # σ stays
+    torch.testing.assert_close(discriminator.train().projection(h, labels), added)
+
+
+@check
+def test_the_label_matters_and_only_its_own_vector_learns():
+    """Classes: another label is another image, and a label's vectors learn from images of that label only"""
+    config, z = replace(TINY, classes=True), torch.randn(4, TINY.latent_dim)
+    generator, discriminator = Generator(config, kinds=5), Discriminator(config, kinds=5)
+    discriminator.projection.normalise = nn.Identity()  # σ depends on all vectors, and so does what is divided by it
+    labels = torch.tensor([1, 3, 1, 3])
+    images = generator(z, labels=labels)
+    other = generator(z, labels=torch.tensor([1, 0, 1, 0]))
+    assert [torch.allclose(*pair, atol=1e-3) for pair in zip(images, other, strict=True)] == [True, False, True, False]
+    generator_loss(discriminator(images, labels)).backward()
+    for embedding in (generator.mapping.embedding, discriminator.projection):
+        assert (embedding.weight.grad.abs().amax(0) > 0).tolist() == [False, True, False, True, False]
+
+
+@check
+def test_every_image_is_judged_with_its_own_label():
+    """Classes: real images go with their labels, mirrored or not, painted ones with those they were painted for"""
+    config = replace(TINY, classes=True, augment="", batch_size=6)
+    for run, step in ((Run(config, *load_images(config)), plain_step), (Training(config, "cpu"), Training.train_step)):
+        run.images, run.labels = run.images[:40], [run.labels[0][:40], run.labels[1]]
+        real, judged = to_float(torch.cat([run.images, run.images.flip(3)])), []
+        known = [*zip(real, run.labels[0].repeat(2), strict=True)]  # an image, and the label that is its own
+        run.generator.register_forward_hook(
+            lambda _, __, y, x, to=known: to.extend(zip(x.detach(), y["labels"], strict=True)), with_kwargs=True
+        )
+        run.discriminator.register_forward_hook(
+            lambda _, x, y, __, to=judged: to.extend(zip(x[0].detach(), y["labels"], strict=True)), with_kwargs=True
+        )
+        for _ in range(2):
+            step(run)
+        for image, label in judged:
+            assert {int(its) for one, its in known if torch.equal(one, image)} == {int(label)}
+        assert len(judged) == 2 * 5 * 6  # real, fake, both again for the consistency; the generator's
+        drawn = run.random_labels(4000)["labels"].bincount() / 4000
+        assert (drawn - run.labels[0].bincount() / 40).abs().max() < 0.03
+
+
+# %% [markdown]
+# **Larger images.** `train(replace(config, image_size=64, patch_size=8))`, or `--image-size 64 --patch-size 8`, for shapes
+# and folders; CIFAR-10 has 32 × 32 only.
 
 # %% [markdown]
 # <a name="speed"></a>

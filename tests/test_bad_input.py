@@ -158,9 +158,9 @@ def host(tmp_path, monkeypatch):
         (files / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((files / name).read_bytes()).hexdigest()]
 
-    image = {"data": np.arange(3 * 32 * 32, dtype=np.uint8)[None], "labels": [0]}
-    monkeypatch.setattr(CIFAR10, "train_list", [put("data_batch_1", image)])
-    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", image)])
+    image = {"data": np.arange(3 * 32 * 32, dtype=np.uint8)[None]}
+    monkeypatch.setattr(CIFAR10, "train_list", [put("data_batch_1", image | {"labels": [7]})])
+    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", image | {"labels": [5]})])
     name, md5 = put("batches.meta", {"label_names": ["noise"]})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
     archive = Path(shutil.make_archive(tmp_path / "made" / "archive", "gztar", tmp_path / "made", CIFAR10.base_folder))
@@ -205,10 +205,11 @@ def host(tmp_path, monkeypatch):
 def test_cifar10_comes_from_the_mirror_or_else_from_its_own_host(mirror, host, tmp_path, capsys):
     ways, asked = host
     ways |= {"mirror": mirror, "own": "sound"}
-    train, test, *_ = read_cifar10(tmp_path / "data")
+    train, test, *labels = read_cifar10(tmp_path / "data")
     expected = {"sound": ["sound"], "slow": ["slow"], "gone": ["sound"]}  # what is gone is not asked for the file
     assert asked == expected.get(mirror, [mirror, "sound"])
     assert train.shape == test.shape == (1, 3, 32, 32) and train.flatten()[:3].tolist() == [0, 1, 2]
+    assert [its.tolist() for its in labels] == [[7], [5]]
     assert "100%" in capsys.readouterr().err  # how far it is
 
 

@@ -23,7 +23,7 @@ import vitgan_nb
 from test_processes import CONFIG, losses_and_state
 from dataclasses import replace
 torch.set_num_threads(1)
-run = vitgan_nb.Training(replace(CONFIG, optimizer=sys.argv[2]), "cpu")
+run = vitgan_nb.Training(replace(CONFIG, optimizer=sys.argv[2], classes=sys.argv[3] == "True"), "cpu")
 torch.save(losses_and_state(run), f"{{sys.argv[1]}}/{{os.environ['RANK']}}.pt")
 """
 
@@ -39,12 +39,12 @@ def losses_and_state(run, steps=20):
     return torch.tensor(losses), state | {"painted": run.average.module(run.fixed_z).detach()}
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_two_processes_are_one(optimizer, tmp_path):
+@pytest.mark.parametrize("optimizer, classes", [("adam", False), ("muon", False), ("adam", True)])
+def test_two_processes_are_one(optimizer, classes, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests")))
     done = subprocess.run(
-        [*LAUNCHER, program, tmp_path, optimizer],
+        [*LAUNCHER, program, tmp_path, optimizer, str(classes)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -53,7 +53,9 @@ def test_two_processes_are_one(optimizer, tmp_path):
     (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.testing.assert_close(other, state, rtol=0, atol=0)  # weights, spectral vectors, averages, optimizers
     assert torch.equal(losses, other_losses)
-    alone, alone_state = losses_and_state(vitgan_nb.Training(replace(CONFIG, optimizer=optimizer), "cpu"))
+    alone, alone_state = losses_and_state(
+        vitgan_nb.Training(replace(CONFIG, optimizer=optimizer, classes=classes), "cpu")
+    )
     torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state["painted"], alone_state["painted"], rtol=1e-4, atol=1e-4)
     assert (losses[1:] != losses[:-1]).all()
