@@ -3973,13 +3973,28 @@ def test_every_image_is_judged_with_its_own_label():
         for image, label in judged:
             assert {int(its) for one, its in known if torch.equal(one, image)} == {int(label)}
         assert len(judged) == 2 * 5 * 6  # real, fake, both again for the consistency; the generator's
-        drawn = run.random_labels(4000)["labels"].bincount() / 4000
+        drawn = run.random_labels(4000)["labels"].bincount(minlength=10) / 4000
         assert (drawn - run.labels[0].bincount() / 40).abs().max() < 0.03
 
 
 # %% [markdown]
-# **Larger images.** `train(replace(config, image_size=64, patch_size=8))`, or `--image-size 64 --patch-size 8`, for shapes
-# and folders; CIFAR-10 has 32 × 32 only.
+# **Larger images.** For shapes and folders (CIFAR-10 has 32 × 32 only), `--image-size 64 --patch-size 8`, or in a cell
+# `train(replace(config, image_size=64, patch_size=8))`. Two numbers decide what it costs: the number of patches, $N =
+# (H/P)^2$, through both Transformers, and the pixels of a patch, $M = P^2$, through the SIREN. GFLOP of a step of
+# `smoke`, for each image of the batch:
+#
+# | `image_size` | `patch_size` | $N$ | $M$ | GFLOP | what is larger than at 32 / 4 |
+# |---|---|---|---|---|---|
+# | 32 | 4 | 64 | 16 | 2.2 | |
+# | 64 | 8 | 64 | 64 | 3.5 | the SIREN paints four times the pixels |
+# | 64 | 4 | 256 | 16 | 9.2 | four times the tokens: finer layout, attention over 256 |
+# | 128 | 8 | 256 | 64 | 14.5 | both |
+#
+# Nothing else has to be set. Shifts, cutouts and thumbnails are shares of the side, and the position waves begin with
+# half a turn across the image whatever the grid. The Fourier features begin with an eighth of a turn across a *patch*, so
+# a pixel of a larger patch gets slower waves: if patches of 8 look smooth, try a larger `omega_0` or `siren_depth` first.
+# Where the memory is short, lower `batch_size`.
+
 
 # %% [markdown]
 # <a name="speed"></a>
