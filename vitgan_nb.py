@@ -3899,8 +3899,8 @@ if LIVE:
 # subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $y$:
 #
 # * The **generator** learns a vector $e_y$ for each label, scaled to the length of $z$ and joined to it, and the mapping
-#   network makes its style from both, $w = f([z; e_y])$. Adding $e_y$ to $z$ would do as well; joined, neither can hide the
-#   other (the code is at the end of section 8).
+#   network makes its style from both, $w = f([z; e_y])$, as the class-conditional StyleGAN2 does (the code is at the end of
+#   section 8).
 # * The **discriminator** learns a vector $v_y$ for each label, and its logit gets one more term, the **projection** of the
 #   class token on it (Miyato & Koyama 2018). These vectors, as one matrix, are under the spectral normalisation of
 #   section 13 like all others:
@@ -3910,7 +3910,8 @@ if LIVE:
 # A painted image is judged with the label that it was painted for, and these labels are drawn as frequently as they occur
 # among the real images. At the end of a run `classes.png` shows every class in a row and every $z$ in a column; `python
 # vitgan_nb.py sample --weights FOLDER --label 3` paints one class, and section 21 gets a slider. At $\psi = 0$ all classes
-# are the one mean style: truncation takes the class away too.
+# are the one mean style: truncation takes the class away too. Rows can differ by kind no sooner than
+# there are shapes at all: in the default run of `smoke`, without classes, that took about 2,000 steps.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
