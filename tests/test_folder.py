@@ -190,7 +190,7 @@ def test_one_percent_may_be_unreadable(sound, broken, told, tmp_path, cache, cap
         assert not list(cache.glob("*.u8"))
         return
     images, labels = read_folder(tmp_path, 2)
-    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(sound)) and labels.tolist() == [0] * sound
+    assert sorted(images[:, 0, 0, 0].tolist()) == list(range(sound)) and labels.tolist() == [-1] * sound
     out = capsys.readouterr().out
     assert (
         f"Left out: {broken} of {sound + broken} files." in out

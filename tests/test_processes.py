@@ -30,6 +30,7 @@ torch.save(losses_and_state(run), f"{{sys.argv[1]}}/{{os.environ['RANK']}}.pt")
 CASES = {
     "adam": {"optimizer": "adam"},
     "muon": {"optimizer": "muon"},
+    "classes": {"optimizer": "adam", "classes": True},
     "r1": {"optimizer": "adam", "r1": 1.0, "decoder": "conv"},
     "stylegan2": {"optimizer": "muon", "batch_size": 8, "r1": 1.0, "discriminator": "stylegan2"},
 }
