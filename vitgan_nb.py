@@ -3753,7 +3753,7 @@ if LIVE:
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 # @title Film: the same latents through the run
-if LIVE:
+if LIVE and (run_folder(config) / "samples.webp").exists():  # else the disk was full
     import base64
 
     from IPython.display import HTML, display
@@ -3763,7 +3763,7 @@ if LIVE:
     display(HTML(f'<img alt="{alt}" src="data:image/webp;base64,{film}">'))
 
 # %% [markdown]
-# The same latents at the start, early on and at the end.
+# The same latents, above through the run, below at its start, early on and at its end.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4689,6 +4689,11 @@ def test_every_image_is_judged_with_its_own_label():
 # half a turn across the image whatever the grid. The Fourier features begin with an eighth of a turn across a *patch*, so
 # a pixel of a larger patch gets slower waves: if patches of 8 look smooth, try a larger `omega_0` or `siren_depth` first.
 # Where the memory is short, lower `batch_size`.
+#
+# ![32 samples of 64 × 64 pixels, built-in shapes](attachment:shapes64.png)
+#
+# *`python vitgan_nb.py train --profile smoke --image-size 64 --patch-size 8 --minutes 60`: built-in shapes after an hour on
+# one core of a CPU, 75,000 images. Colours and grounds are right, outlines are not yet: seams of patches show.*
 
 
 # %% [markdown]

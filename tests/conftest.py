@@ -57,7 +57,7 @@ def finished_run(tmp_path_factory):
     return folder, process
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """The folder, new, in which decoded images are kept."""
     folder = tmp_path_factory.mktemp("cache")

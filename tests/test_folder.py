@@ -163,8 +163,8 @@ def test_labels_count_the_subfolders_in_order(pictures):
     Image.new("RGB", (8, 8), "red").save(pictures / "c" / "deeper" / "red.png")
     assert read_folder(pictures, 8)[1].bincount().tolist() == [15, 15, 1]
     Image.new("RGB", (8, 8), "blue").save(pictures / "blue.png")
-    assert read_folder(pictures, 8)[1].bincount().tolist() == [1, 15, 15, 1]
-    assert read_folder(pictures / "a", 8)[1].tolist() == [0] * 15
+    assert (read_folder(pictures, 8)[1] + 1).bincount().tolist() == [1, 15, 15, 1]  # −1 in no subfolder
+    assert read_folder(pictures / "a", 8)[1].tolist() == [-1] * 15
 
 
 def picture_of(k: int) -> Tensor:

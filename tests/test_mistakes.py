@@ -92,7 +92,7 @@ MISTAKES = [
     (
         "a GELU after the last layer",
         "test_discriminator",
-        [("return self.head(self.norm(h[:, 0]))[:, 0]", "return F.gelu(self.head(self.norm(h[:, 0])))[:, 0]")],
+        [("        logits = self.head(h)[:, 0]", "        logits = F.gelu(self.head(h))[:, 0]")],
     ),
     (
         "(B,) against (B, 1) broadcasts",
@@ -102,13 +102,12 @@ MISTAKES = [
     (
         "the fake batch not detached",
         "test_each_half_of_a_step_trains_its_own_network",
-        [("fake = g(run.latents(batch)).detach()", "fake = g(run.latents(batch))")],
+        [("fake = g(z, **fake_y).detach()", "fake = g(z, **fake_y)")],
     ),
     (
         "the fake batch of the fast step not detached",
         "test_fast_step_is_the_plain_step",
-        [("        with torch.no_grad(), self.autocast():\n            fake = self.generator(",
-          "        with self.autocast():\n            fake = self.generator(")],
+        [("        with torch.no_grad(), self.autocast():\n            z, fake_y =", "        with self.autocast():\n            z, fake_y =")],
     ),
     (
         "an average over an exhausted iterator",
@@ -164,7 +163,7 @@ MISTAKES = [
     (
         "real images always better than noise, by a metric that looks at one side only",
         "test_kid_is_its_formula_and_ranks",
-        [("for images in (samples, real))", "for images in (real, real))")],
+        [(".split(lot) for images in (samples, real))", ".split(lot) for images in (real, real))")],
     ),
     (
         "exercise: no √2 in the mapping network",
@@ -205,7 +204,7 @@ MISTAKES = [
     (
         "R1 as the slope of the mean logit",
         "test_slope_penalty",
-        [("discriminator(images).sum(), images", "discriminator(images).mean(), images")],
+        [("discriminator(images, **y).sum(), images", "discriminator(images, **y).mean(), images")],
     ),
     (
         "R1 that no gradient passes through",
