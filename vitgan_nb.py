@@ -1629,7 +1629,7 @@ class ClassMapping(MappingNetwork):
         self.kinds, self.embedding = kinds, ClassEmbedding(kinds, latent_dim)
 
     def forward(self, z: Tensor, truncation: float = 1.0, labels: Tensor | None = None) -> Tensor:
-        y = self.embedding(torch.arange(len(z), device=z.device) % self.kinds if labels is None else labels)
+        y = self.embedding(torch.arange(z.shape[0], device=z.device) % self.kinds if labels is None else labels)
         y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
         return super().forward(torch.cat([z, y], 1), truncation)  # (B, w_dim)
 
@@ -3254,8 +3254,8 @@ def save_generator(generator: Generator, path: Path, dtype: torch.dtype = torch.
 def save_program(generator: Generator, path: Path, truncation: float = 1.0, about: str = ""):
     """Write a generator in eval mode, on the CPU, as a program in float32: z (B, latent_dim) -> images (B, 3, H, W).
 
-    `path` ends in .onnx (ONNX), or it becomes what `torch.export.load` reads. B is free, `truncation` fixed. Raises
-    `BadInput` where a package is missing, and `OSError`.
+    Where it has learned classes, `labels` (B,), int64, come after z. `path` ends in .onnx (ONNX), or it becomes what
+    `torch.export.load` reads. B is free, `truncation` fixed. Raises `BadInput` where a package is missing, and `OSError`.
     """
 
     class Program(nn.Module):
@@ -3263,17 +3263,21 @@ def save_program(generator: Generator, path: Path, truncation: float = 1.0, abou
             super().__init__()
             self.generator = generator
 
-        def forward(self, z: Tensor) -> Tensor:
-            return self.generator(z, truncation)  # (B, 3, H, W)
+        def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+            y = {} if labels is None else {"labels": labels}
+            return self.generator(z, truncation, **y)  # (B, 3, H, W)
 
-    z, content = torch.zeros(2, generator.config.latent_dim), io.BytesIO()
-    program = torch.export.export(Program().eval(), (z,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    inputs, content = {"z": torch.zeros(2, generator.config.latent_dim)}, io.BytesIO()
+    if generator.config.classes:
+        inputs["labels"] = torch.zeros(2, dtype=torch.long)
+    free = {0: torch.export.Dim("batch")}
+    program = torch.export.export(Program().eval(), tuple(inputs.values()), dynamic_shapes=[free] * len(inputs))
     if path.suffix == ".onnx":
         try:
             import onnxscript  # noqa: F401 - what torch.onnx needs
         except ImportError:
             raise BadInput("to write .onnx, run pip install onnx onnxscript onnxruntime.") from None
-        names = {"input_names": ["z"], "output_names": ["images"]}
+        names = {"input_names": list(inputs), "output_names": ["images"]}
         written = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         written.model.metadata_props.update(described(generator, about))
         content.write(written.model_proto.SerializeToString())
@@ -4147,7 +4151,10 @@ def attention_of_a_token(image=0, row=3, column=3, block=2):
     g, d, token = run.average.module, run.discriminator.eval(), row * config.grid + column
     z, real = latents(g, 1, image), to_float(held_out_images[[image]]).to(run.device)
     painted, in_g = caught(g, z, g.blocks[block - 1].attention)  # (1, 3, H, W), (N, N)
-    _, in_d = caught(d, real, d.blocks[block - 1].attention)  # (1 + N, 1 + N), the class token first
+    y = {"labels": run.labels[1][[image]]} if run.labels else {}  # section B
+    _, in_d = caught(
+        functools.partial(d, **y), real, d.blocks[block - 1].attention
+    )  # (1 + N, 1 + N), class token first
     maps = {"generator": in_g[token], "discriminator": in_d[1 + token, 1:], "its class token": in_d[0, 1:]}
     show_attention(painted, real, maps, token)
     d.train()

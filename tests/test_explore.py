@@ -59,6 +59,17 @@ def test_every_slider_moves_the_picture(live, name):
         assert moved.shape != still.shape or (moved != still).any(), move
 
 
+@pytest.mark.parametrize("other", [{"classes": True}, {"discriminator": "stylegan2", "decoder": "conv"}])
+def test_every_picture_of_another_model(live, other, monkeypatch):
+    config = replace(live.config, **other)
+    for name, value in (("config", config), ("run", Training(config, "cpu")), ("explored", Generator(config).eval())):
+        monkeypatch.setattr(live, name, value)
+    for name in MOVES:
+        plt.close("all")
+        getattr(live, name)()
+    live.draw_progress(plt.figure(), live.run)
+
+
 def test_a_walk_starts_and_ends_at_its_seeds_and_stays_on_the_sphere(live, monkeypatch):
     walked, seen = [], {}
     monkeypatch.setattr(vitgan_nb, "show_walks", seen.update)

@@ -25,15 +25,16 @@ def weights(tmp_path):
     return tmp_path / "weights.safetensors"
 
 
-def runs(path: Path, z: Tensor) -> tuple[Tensor, dict]:
+def runs(path: Path, *inputs: Tensor) -> tuple[Tensor, dict]:
     """The images that a program paints, and what it says of itself."""
     if path.suffix == ".pt2":
         about = {"config": "", "about": ""}
-        return torch.export.load(path, extra_files=about).module()(z), about
+        return torch.export.load(path, extra_files=about).module()(*inputs), about
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (images,) = session.run(["images"], {"z": z.numpy()})
+    named = {name: x.numpy() for name, x in zip(("z", "labels"), inputs, strict=False)}
+    (images,) = session.run(["images"], named)
     return torch.from_numpy(images), session.get_modelmeta().custom_metadata_map
 
 
@@ -55,6 +56,18 @@ def test_a_program_paints_what_the_generator_paints(suffix, truncation, weights,
     assert (
         json.loads(about["config"]) == json.loads(json.dumps(asdict(generator.config))) and about["about"] == "measured"
     )
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_program_takes_labels_where_classes_were_learned(suffix, tmp_path):
+    """And its patches may be painted by convolutions."""
+    generator = vitgan_nb.Generator(replace(vitgan_nb.TINY, classes=True, decoder="conv"), kinds=3).eval()
+    out = tmp_path / f"program{suffix}"
+    vitgan_nb.save_program(generator, out)
+    for labels in ([2], [0, 0, 1, 2, 2]):
+        z, labels = torch.randn(len(labels), generator.config.latent_dim), torch.tensor(labels)
+        images, _ = runs(out, z, labels)
+        assert (images - generator(z, labels=labels)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
