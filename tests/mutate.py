@@ -43,7 +43,9 @@ GOALS = {"teaching": 0.95, "engine": 0.85}
 SECONDS = {"teaching": 10, "engine": 60}  # of tests for one edit; the first one runs however long it takes
 TESTS = {
     "teaching": ["vitgan_nb.py", "tests/test_reference.py", "tests/test_fast.py"],
-    "engine": ["tests/test_never_lose_a_run.py", "tests/test_command_line.py", "tests/test_bad_input.py"],
+    "engine": [
+        f"tests/test_{name}.py" for name in ("never_lose_a_run", "command_line", "bad_input", "classes", "folder")
+    ],
 }
 # Long, or random, or processes that fork: left out. So is every test that starts a process, whose program is not edited.
 LEFT_OUT = (
@@ -63,7 +65,7 @@ ENGINE = {
 NOT_EDITED = {  # drawings, file formats, messages, what only a picture uses, what is sent to a GPU
     "draw_shapes", "read_image", "decode", "read_folder", "read_cifar10", "sent", "learn_by_heart", "shape_walk", "gelu_after_the_head",
     "real_images_from_zero_to_one", "few_images_and_nothing_against_it", "train_small", "keep_freed_memory",
-    "draw_progress", "save_progress", "save_picture", "save_film", "plan", "duration", "evaluate", "Keeper.draw",
+    "draw_progress", "save_progress", "save_film", "save_program", "Weaker", "save_picture", "save_film", "plan", "duration", "evaluate", "Keeper.draw",
     "Training.images_for_all", "Training.any_process",  # for several processes
 }  # fmt: skip
 MESSAGES = {"print", "say", "BadInput", "ValueError"}
@@ -129,13 +131,13 @@ SAME = {
     ("update_average", "min(half_life, 0.05 * images)", "min(0.05 * images, half_life)"): ORDER,
     (
         "plain_step",
-        "balanced_consistency(d(real), d_real_t, config.bcr_real)",
-        "balanced_consistency(d_real_t, d(real), config.bcr_real)",
+        "balanced_consistency(d(real, **real_y), d_real_t, config.bcr_real)",
+        "balanced_consistency(d_real_t, d(real, **real_y), config.bcr_real)",
     ): "a difference is squared",
     (
         "plain_step",
-        "balanced_consistency(d(fake), d_fake_t, config.bcr_fake)",
-        "balanced_consistency(d_fake_t, d(fake), config.bcr_fake)",
+        "balanced_consistency(d(fake, **fake_y), d_fake_t, config.bcr_fake)",
+        "balanced_consistency(d_fake_t, d(fake, **fake_y), config.bcr_fake)",
     ): "a difference is squared",
     (
         "MatrixMuon.step",
@@ -162,7 +164,7 @@ ANY_SMALL = "only against a division by 0: any small number serves"
 LEFT = {
     ("orthogonalized", "min=1e-30", "min=1.5e-30"): ANY_SMALL,
     ("orthogonalized", "min=1e-7", "min=1.5e-07"): ANY_SMALL,
-    ("load_images", "enumerate((10_000, 1_000))", "enumerate((10_000, 1001))"): "a choice",
+    ("load_images", "counts = 10_000, 1_000", "counts = 10_000, 1001"): "a choice",
     ("batch_indices", "epoch_order(n, seed, e)", "epoch_order(n, e, seed)"): "another order, as good",
     (
         "run_folder",
@@ -228,7 +230,11 @@ def edits() -> list[Edit]:
             continue
         section = [heading for n, heading in [(0, ""), *headings] if n < node.lineno][-1].split(":")[0]
         number = section.split(".")[0]
-        drawn_or_checked = {ast.unparse(decorator) for decorator in node.decorator_list} & {"check", "demo"}
+        drawn_or_checked = {called(each) or ast.unparse(each) for each in node.decorator_list} & {
+            "check",
+            "demo",
+            "sliders",
+        }
         if drawn_or_checked or not number.isdigit() or not 2 <= int(number) <= 20:
             continue
         part = "engine" if node.name in ENGINE or number == "18" else "teaching"
