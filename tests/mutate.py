@@ -65,7 +65,8 @@ ENGINE = {
 NOT_EDITED = {  # drawings, file formats, messages, what only a picture uses, what is sent to a GPU
     "draw_shapes", "read_image", "decode", "read_folder", "read_cifar10", "sent", "learn_by_heart", "shape_walk", "gelu_after_the_head",
     "real_images_from_zero_to_one", "few_images_and_nothing_against_it", "train_small", "keep_freed_memory",
-    "draw_progress", "save_progress", "save_film", "save_program", "Weaker", "save_picture", "save_film", "plan", "duration", "evaluate", "Keeper.draw",
+    "draw_progress", "save_progress", "save_picture", "save_film", "save_program", "plan", "duration", "evaluate", "Weaker",
+    "Keeper.draw",
     "Training.images_for_all", "Training.any_process",  # for several processes
 }  # fmt: skip
 MESSAGES = {"print", "say", "BadInput", "ValueError"}
@@ -230,12 +231,8 @@ def edits() -> list[Edit]:
             continue
         section = [heading for n, heading in [(0, ""), *headings] if n < node.lineno][-1].split(":")[0]
         number = section.split(".")[0]
-        drawn_or_checked = {called(each) or ast.unparse(each) for each in node.decorator_list} & {
-            "check",
-            "demo",
-            "sliders",
-        }
-        if drawn_or_checked or not number.isdigit() or not 2 <= int(number) <= 20:
+        decorators = {called(each) or ast.unparse(each) for each in node.decorator_list}
+        if decorators & {"check", "demo", "sliders"} or not number.isdigit() or not 2 <= int(number) <= 20:
             continue
         part = "engine" if node.name in ENGINE or number == "18" else "teaching"
         finder = Finder(part, section)
