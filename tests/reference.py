@@ -81,6 +81,12 @@ def mapping(weights: dict, z: Tensor) -> Tensor:
     return x
 
 
+def joined(weights: dict, z: Tensor, labels: list[int]) -> Tensor:
+    """Latents (B, Z) and labels -> (B, 2Z): z, then the label's vector at unit mean square (Karras et al. 2020a's code)."""
+    vectors = torch.stack([weights["mapping.embedding.weight"][:, label] for label in labels])
+    return torch.cat([z, vectors / torch.sqrt((vectors**2).sum(1, keepdim=True) / vectors.shape[1] + 1e-8)], 1)
+
+
 def mean_style(w_mean: Tensor, w: Tensor) -> Tensor:
     """w̄ ← 0.995 w̄ + 0.005 · mean of the batch w (B, D) (Karras et al. 2019, App. B; the rate is their code's)."""
     return 0.995 * w_mean + 0.005 * w.detach().sum(0) / len(w)

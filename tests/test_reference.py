@@ -50,6 +50,15 @@ def assert_same(ours, theirs, atol=1e-12):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=atol)
 
 
+def test_styles_of_classes():
+    generator = stirred(Generator(replace(SIZES, classes=True), kinds=3))
+    weights, z = named(generator), torch.randn(7, SIZES.latent_dim)
+    for labels in ([2, 0, 2, 1, 1, 0, 2], None):  # without labels the classes come in turn
+        y = {} if labels is None else {"labels": torch.tensor(labels)}
+        expected = reference.mapping(weights, reference.joined(weights, z, labels or [0, 1, 2, 0, 1, 2, 0]))
+        assert_same(generator.mapping(z, **y), expected)
+
+
 def named(state):
     """A network's state, or its gradients, under the names of `reference.py`, copied."""
     state = state.state_dict() if isinstance(state, torch.nn.Module) else state
