@@ -103,12 +103,6 @@ SAME = {
     ("random_translation", "x.shape[2]", "x.shape[3]"): SQUARE,
     ("random_cutout", "x.shape[2]", "x.shape[3]"): SQUARE,
     (
-        "L2Attention.__init__",
-        "EqualizedLinear(dim, dim, bias=False)",
-        "EqualizedLinear(dim, dim)",
-    ): "a bias cancels in the distance",
-    ("L2Attention.__init__", "bias=False", "bias=True"): "a bias cancels in the distance",
-    (
         "ImprovedSpectralNorm.__init__",
         "torch.linalg.svd(weight.detach(), full_matrices=False)",
         "torch.linalg.svd(weight.detach())",
@@ -152,6 +146,19 @@ SAME = {
     ): "the scaler then divides and skips by itself, and waits for the GPU",
     ("Muon", "found_inf, grad_scale = None, 1", "found_inf, grad_scale = None, 2"): "the scaler sets both or neither",
     ("kid", "k(a, b)", "k(b, a)"): "the mean over all pairs",
+    ("thumbnails", "images.split(1000)", "images.split(1001)"): SPEED,
+    ("enough_images", "min(len(samples), len(real))", "min(len(real), len(samples))"): ORDER,
+    (
+        "ClassMapping.forward",
+        "torch.arange(z.shape[0], device=z.device)",
+        "torch.arange(z.shape[0])",
+    ): "a CPU has no other",
+    (
+        "ClassEmbedding.__init__",
+        "super().__init__(kinds, dim, bias=False)",
+        "super().__init__(kinds, dim)",
+    ): "no use of it",
+    ("ClassEmbedding.__init__", "bias=False", "bias=True"): "no use of it",
     ("kid_of_thumbnails", "kid(x, y)", "kid(y, x)"): ORDER,
     ("Training.__init__", "keep_freed_memory()", "pass"): SPEED,
     (
@@ -166,6 +173,8 @@ LEFT = {
     ("orthogonalized", "min=1e-30", "min=1.5e-30"): ANY_SMALL,
     ("orthogonalized", "min=1e-7", "min=1.5e-07"): ANY_SMALL,
     ("load_images", "counts = 10_000, 1_000", "counts = 10_000, 1001"): "a choice",
+    ("Generator.__init__", "10", "11"): "a default that all who have images replace",
+    ("Discriminator.__init__", "10", "11"): "a default that all who have images replace",
     ("batch_indices", "epoch_order(n, seed, e)", "epoch_order(n, e, seed)"): "another order, as good",
     (
         "run_folder",
