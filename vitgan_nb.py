@@ -2269,19 +2269,14 @@ class Discriminator(nn.Module):
         self.patches = OverlappingPatchEmbedding(config.patch_size, dim)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.position = nn.Parameter(0.02 * torch.randn(tokens, dim))
-        self.blocks = nn.ModuleList(
-            DiscriminatorBlock(dim, config.heads, config.mlp_ratio) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(dim)
+        blocks = (DiscriminatorBlock(dim, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(dim)
         self.head = EqualizedLinear(dim, 1)
         self.projection = Projection(kinds, dim) if config.classes else None  # section B
         improved_spectral_norm(self)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> logits (B,): above 0 for "real", below for "generated".
-
-        Where classes are learned, `labels` (B,) must say which.
-        """
+        """Images (B, 3, H, W) in [-1, 1] -> logits (B,), above 0 for "real". `labels` (B,) where classes are learned."""
         h = self.tokens(images)  # (B, 1 + N, D)
         for block in self.blocks:
             h = block(h)  # (B, 1 + N, D)
@@ -4589,6 +4584,7 @@ def test_fast_step_is_the_plain_step_with_other_networks():
         test_fast_step_is_the_plain_step(**other)
 
 
+# %% [markdown]
 # <a name="classes"></a>
 # ## B. Classes and larger images
 #
