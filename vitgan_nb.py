@@ -1915,12 +1915,8 @@ class OverlappingPatchEmbedding(nn.Module):
 # @title Sliders: overlapping patches on a real image
 @sliders(image=first_images, row=along_a_side, column=along_a_side, overlap=lambda: (0, config.patch_size))
 def overlapping_patches_on_a_real_image(image=0, row=2, column=3, overlap=2):
-    p, grid, image, side = (
-        config.patch_size,
-        config.grid,
-        to_float(train_images[[image]]),
-        config.patch_size + 2 * overlap,
-    )
+    p, grid, side = config.patch_size, config.grid, config.patch_size + 2 * overlap
+    image = to_float(train_images[[image]])  # (1, 3, H, W)
     patches = F.unfold(image, side, stride=p, padding=overlap)  # (1, 3 · side², N)
     held = F.fold(torch.ones_like(patches), config.image_size, side, stride=p, padding=overlap)[0, 0]  # (H, W)
     _, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="tight")
@@ -3987,11 +3983,9 @@ def test_samples_follow_the_seed():
 # %% tags=["nbval-ignore-output"]
 if LIVE:
     weights = Path("weights/vitgan-cifar10.safetensors")
-    ours = weights.exists() and not config.classes  # it has learned no classes
+    ours = weights.exists() and not config.classes
     explored = load_generator(weights).to(run.device) if ours else run.average.module
-    print(
-        f"exploring {weights if ours else 'your run' if config.classes else 'your run; weights/ is in the repository, not here'}"
-    )
+    print(f"exploring {weights}" if ours else "exploring your run; weights/, without classes, is in the repository")
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4147,9 +4141,7 @@ def attention_of_a_token(image=0, row=3, column=3, block=2):
     z, real = latents(g, 1, image), to_float(held_out_images[[image]]).to(run.device)
     painted, in_g = caught(g, z, g.blocks[block - 1].attention)  # (1, 3, H, W), (N, N)
     y = {"labels": run.labels[1][[image]]} if run.labels else {}  # section B
-    _, in_d = caught(
-        functools.partial(d, **y), real, d.blocks[block - 1].attention
-    )  # (1 + N, 1 + N), class token first
+    _, in_d = caught(functools.partial(d, **y), real, d.blocks[block - 1].attention)  # the class token comes first
     maps = {"generator": in_g[token], "discriminator": in_d[1 + token, 1:], "its class token": in_d[0, 1:]}
     show_attention(painted, real, maps, token)
     d.train()
