@@ -60,8 +60,8 @@ def positions_from(turns: float) -> type[v.Generator]:
     """A generator whose position embedding starts with waves of about so many turns across the image, not half a one."""
 
     class Positions(v.Generator):
-        def __init__(self, config: v.Config):
-            super().__init__(config)
+        def __init__(self, config: v.Config, *kinds: int):
+            super().__init__(config, *kinds)
             with torch.no_grad():
                 self.position.weight.mul_(2 * turns)
 

@@ -115,6 +115,7 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     ),  # the authors', but for 3,000 steps of warm-up
     "stylegan2": ({}, {"discriminator": "stylegan2", "r1": 0.1}),
     "conv-decoder": ({}, {"decoder": "conv"}),
+    "classes": ({}, {"classes": True}),
 }
 
 
