@@ -77,7 +77,8 @@
 # **Training:** [15 Losses and consistency](#losses) · [16 The step](#step) · [17 Muon](#muon) ·
 # [18 Engine room](#engine) · [19 Train](#train) ·
 # **After:** [20 Measure](#measure) · [21 Explore](#explore) · [22 What we found](#found) · [23 Try next](#next) ·
-# [A Other networks](#other-networks) · [B Classes and larger images](#classes) · [C Speed](#speed) · [D The command line](#command-line)
+# [A Other networks](#other-networks) · [B Classes and larger images](#classes) · [C Speed](#speed) ·
+# [D The command line](#command-line)
 
 # %% [markdown]
 # <a name="settings"></a>
@@ -409,10 +410,10 @@ if LIVE:
 # folder** of yours (the largest square in the middle, scaled to `image_size`), or are **shapes**: ten kinds of coloured
 # drawings, made here from a seed. Shapes need no download, and a small model shows something within a minute or two.
 #
-# Whichever it is, they are one tensor of `uint8`; that of a folder lies in a file, which may be larger than the memory.
-# A batch is cut out of it and becomes float only then, in $[-1, 1]$;
-# half of the images are mirrored, which doubles the data for free. If you chose CIFAR-10 and it is not to be had, the
-# second cell stops and says what to do; it never trains on something else unasked.
+# Whichever it is, they are one tensor of `uint8`; a folder's lies in a file, which may be larger than the memory. A
+# batch is cut out of it and becomes float only then, in $[-1, 1]$; half of the images are mirrored, which doubles the
+# data for free. If you chose CIFAR-10 and it is not to be had, the second cell stops and says what to do; it never
+# trains on something else unasked.
 
 
 # %%
@@ -1672,10 +1673,7 @@ class Generator(nn.Module):
             self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
 
     def forward(self, z: Tensor, truncation: float = 1.0, **y: Tensor) -> Tensor:
-        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]. `truncation` as in `MappingNetwork`.
-
-        Where classes are learned, `labels` (B,) may say which.
-        """
+        """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]; all else is for the mapping network."""
         return self.paint(self.mapping(z, truncation, **y), self.config.patch_size)  # (B, 3, H, W)
 
     def tokens(self, w: Tensor) -> Tensor:
@@ -1687,10 +1685,7 @@ class Generator(nn.Module):
         return self.norm(h, w)  # (B, N, D)
 
     def paint(self, w: Tensor, resolution: int) -> Tensor:
-        """Styles (B, D) -> images of `resolution` × `resolution` pixels a patch, (B, 3, grid · resolution, same).
-
-        Raises `BadInput` for another resolution than `patch_size` where the decoder is "conv".
-        """
+        """Styles (B, D) -> images of `resolution` × `resolution` pixels a patch, (B, 3, grid · resolution, same)."""
         if self.config.decoder == "conv":
             return self.conv(self.tokens(w), resolution)
         pixels = patch_centres(resolution, w.device)  # (M, 2), M = resolution²
@@ -2469,9 +2464,7 @@ class Run:
 
     def labels_of(self, indices: Tensor) -> dict:
         """The labels of the real images at `indices`, as `labels=`; nothing unless classes are learned."""
-        if self.labels and self.device.type == "cuda":
-            indices = indices.pin_memory().to(self.device, non_blocking=True)
-        return {"labels": self.labels[0][indices]} if self.labels else {}
+        return {"labels": self.labels[0][sent(indices, self.device)]} if self.labels else {}
 
     def random_labels(self, n: int) -> dict:
         """Labels for `n` images to be painted, as frequent as among the real ones, in the same form."""
@@ -2495,8 +2488,8 @@ class Run:
             if self.labels:
                 in_turn = torch.arange(len(z), device=self.device) % self.generator.mapping.kinds
                 y = [{"labels": each} for each in (*(its[:32] for its in self.labels), in_turn)]
-            d = self.discriminator.eval()
-            logits = [d(x, **its).float() for x, its in zip(images, y, strict=True)]  # apart: section A's sees all
+            d = self.discriminator.eval()  # on each kind apart, for section A's looks at four images together
+            logits = [d(x, **its).float() for x, its in zip(images, y, strict=True)]
         self.generator.train()
         self.discriminator.train()
         values = torch.stack([*(self.sums[:-1] / self.sums[-1]), *(part.mean() for part in logits)]).tolist()
@@ -3002,7 +2995,8 @@ class Training(Run):
     ) -> list[Tensor]:
         """One step of `optimizer` down the gradient of the sum of what `objective` gives for its inputs; returns that.
 
-        What `more` gives for `inputs`, never compiled, is added to the last term. Where the compiled objective fails, forwards or backwards, that is told and the plain one takes its place.
+        What `more` gives for the same, never compiled, is added to the last term. Where the compiled objective fails,
+        forwards or backwards, that is told and the plain one takes its place.
         """
         name = objective.__name__
         torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
@@ -3103,12 +3097,8 @@ class Training(Run):
 
 
 FREE_TO_CHANGE = {"steps", "minutes", "out_dir", "data_root", "precision", "compile"}  # in a run that goes on
-ADDED_LATER = {
-    "classes": False,
-    "decoder": "siren",
-    "discriminator": "vit",
-    "r1": 0.0,
-}  # not in the name of a run that is as before
+# fields that a run's name knows only where they differ: so runs begun before there were these keep their folder
+ADDED_LATER = {"classes": False, "decoder": "siren", "discriminator": "vit", "r1": 0.0}
 
 
 def run_folder(config: Config) -> Path:
@@ -4586,12 +4576,10 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 # **Classes.** CIFAR-10 says of every image which of ten classes it shows; of shapes it is the kind, in a folder the
 # subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $y$:
 #
-# * The **generator** learns a vector $e_y$ for each label, scaled to the length of $z$ and joined to it, and the mapping
-#   network makes its style from both, $w = f([z; e_y])$, as the class-conditional StyleGAN2 does (the code is at the end of
-#   section 8).
+# * The **generator** learns a vector $e_y$ for each label, scaled to the length of $z$ and joined to it; the mapping
+#   network makes its style from both, $w = f([z; e_y])$, as class-conditional StyleGAN2 does (code: end of section 8).
 # * The **discriminator** learns a vector $v_y$ for each label, and its logit gets one more term, the **projection** of the
-#   class token on it (Miyato & Koyama 2018). These vectors, as one matrix, are under the spectral normalisation of
-#   section 13 like all others:
+#   class token on it (Miyato & Koyama 2018). As one matrix, these vectors are spectrally normalised like all others:
 #
 # $$D(x, y) = \mathrm{head}(h) + \frac{\langle v_y, h\rangle}{\sqrt D}$$
 #
@@ -4607,7 +4595,7 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 # crescent, half disc; a latent in each column. Down a column place and ground stay alike: the label decides what is painted,
 # $z$ where and on what. Cross, star and crescent are not told from the ring yet.*
 #
-# **Measured here**, as in section A: FRD 2,581 and 2,702 with classes, 2,517 and 2,202 without: no difference beyond the seeds.
+# **Measured here**, as in section A: FRD 2,581 and 2,702 with classes, 2,517 and 2,202 without; within the seeds, no gain.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}

@@ -197,6 +197,26 @@ MISTAKES = [
         [("return self.sigma_init / sigma * weight", "return weight / sigma")],
     ),
     (
+        "the label not joined to the latent",
+        "test_the_label_matters_and_only_its_own_vector_learns",
+        [("super().forward(torch.cat([z, y], 1), truncation)", "super().forward(torch.cat([z, z], 1), truncation)")],
+    ),
+    (
+        "a projection that is not divided by √D",
+        "test_projection_is_its_formula",
+        [("* h).sum(1) / math.sqrt(h.shape[1])", "* h).sum(1)")],
+    ),
+    (
+        "painted images judged with the labels of the real ones",
+        "test_every_image_is_judged_with_its_own_label",
+        [("d(fake_t, **fake_y)", "d(fake_t, **real_y)")],
+    ),
+    (
+        "labels of the fast step in the wrong order",
+        "test_every_image_is_judged_with_its_own_label",
+        [("torch.cat([real_y[name], fake_y[name]] * 2)", "torch.cat([fake_y[name], real_y[name]] * 2)")],
+    ),
+    (
         "R1 without its half",
         "test_slope_penalty",
         [("return weight / 2 * slope", "return weight * slope")],
