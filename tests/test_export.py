@@ -93,7 +93,7 @@ def test_wrong_export_arguments(flags, sentence, weights, tmp_path, monkeypatch,
 
 def test_a_full_disk_leaves_the_program_that_was_there(weights, tmp_path, monkeypatch, capsys):
     def write_bytes(path, content):
-        path.touch()
+        path.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "g.pt2").write_text("before")

@@ -97,7 +97,9 @@ def test_of_images_too_large_for_the_gpu_only_a_batch_goes_there(on_meta, monkey
         assert operations.all[READ_BACK] == 0
         moved = {"aten.arange.default", "aten.slice.Tensor", "aten._to_copy.default", "aten.index.Tensor"}
         assert set(+operations.on_cpu) <= moved and operations.on_cpu["aten.index.Tensor"] == (device == "cpu")
-        assert run.record()["loss_d"] == 0  # the logits of both sets were found there too
+        with Operations() as operations:  # the logits of both sets are found there too
+            assert run.record()["loss_d"] == 0
+        assert set(+operations.on_cpu) <= moved, +operations.on_cpu
 
 
 def test_the_rehearsal_sees_the_cpu_and_what_is_read_back(on_meta, monkeypatch):
