@@ -56,14 +56,14 @@
 #
 # | profile | for | what it trains | how long |
 # |---|---|---|---|
-# | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 minutes on one CPU core |
+# | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
 #
 # No GPU has run this notebook yet: what it says about GPUs is by design and rehearsal, not seen.
 #
-# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 minutes, 12
-# of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a
+# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17
+# minutes, 12 to 15 of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a
 # check that prints one line with a ✓. Checks, long figures and the engine are folded; click on a title to open one.
 # `@demo` runs the function below it at once; `LIVE` is true in a notebook.
 # Sections 2 to 17 have an exercise: change the code, run the section again, and see which ✓ fails.
