@@ -26,8 +26,8 @@
 #
 # ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
 #
-# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU
-# 350,000 images, an hour and a half of processor time: FRD 730, see section 20).*
+# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (350,000 images, an
+# hour and a half of its time). FRD, a distance to real images ([20](#measure)), is 730.*
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
@@ -60,13 +60,14 @@
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
 #
-# No GPU has run this notebook yet: what it says about GPUs is by design and rehearsal, not seen.
+# No GPU has run this notebook yet: what it says about GPUs is intended, and was rehearsed on a CPU, but not seen.
 #
 # **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17
 # minutes, 12 to 15 of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a
-# check that prints one line with a ✓. Checks, long figures and the engine are folded; click on a title to open one.
-# `@demo` runs the function below it at once; `LIVE` is true in a notebook.
-# Sections 2 to 17 have an exercise: change the code, run the section again, and see which ✓ fails.
+# check that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on a
+# title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook.
+# Sections 2 to 17 have an exercise: change the code, run the section again, and see what happens and whether a ✓ fails.
+# Skip "Measured here" on a first reading: it speaks of models and numbers that come later.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -412,8 +413,8 @@ if LIVE:
 #
 # Whichever it is, they are one tensor of `uint8`; a folder's lies in a file, which may be larger than the memory. A
 # batch is cut out of it and becomes float only then, in $[-1, 1]$; half of the images are mirrored, which doubles the
-# data for free. If you chose CIFAR-10 and it is not to be had, the second cell stops and says what to do; it never
-# trains on something else unasked.
+# data for free. If you chose CIFAR-10 and it is not to be had, the cell that loads it stops and says what to do; the
+# notebook never trains on something else unasked.
 
 
 # %%
@@ -729,16 +730,16 @@ def test_batches_visit_every_image_once_per_epoch():
 
 # %% [markdown]
 # **Wrong in published code.** A ViTGAN feeds its discriminator real images in $[0, 1]$ (its `Normalize(0, 1)` does
-# nothing) while the generator's output is free and is shown as $[-1, 1]$. The generator then learns to paint nothing
-# darker than mid grey: [section 16](#break) shows it.
+# nothing) while the generator's output is free and is shown as $[-1, 1]$. The generator then learns to paint hardly
+# anything darker than mid grey: [section 16](#break) shows it.
 #
 # **Exercise.** In `to_float`, divide by 255 and subtract nothing. Which ✓ fails?
 # <details><summary>Answer</summary>The first of this section: black is 0 then, not −1.</details>
 #
 # **Measured here.** Without mirroring, FRD (a distance to real images, lower is better, [section 20](#measure)) was
-# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): nothing beyond the seeds. Numbers at 48,000
-# images are of a model of two blocks, tokens 96 wide, a SIREN of depth 2, trained with Muon; those at 32,000 of the
-# same with Adam.
+# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): no more than seeds differ. Unless said
+# otherwise the model is small, two blocks with tokens 96 wide: at 48,000 images with Muon and a SIREN of depth 2; at
+# 36,000 with Muon and depth 4; at 32,000 with Adam and depth 2.
 
 # %% [markdown]
 # <a name="game"></a>
@@ -810,7 +811,8 @@ def play(game: Game, turns: int) -> list[tuple[float, float]]:
 
 # %% [markdown]
 # Dots: black real, orange generated. Colour: what $D$ makes of every place, from blue, surely fake, over white, a mere
-# guess, to red, surely real.
+# guess, to red, surely real. At the end the circle itself is nearly white: generated points lie there too, so $D$ can
+# only guess.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -850,8 +852,8 @@ def the_game():
 #
 # Below, $D$ gets a head start of 300 turns. With plain gradient descent for $G$, the saturating generator hardly moves
 # in the next 300 turns, in all three seeds. The other one leaves at once, in two of the seeds far past the circle
-# first. With Adam for $G$ both get going: Adam divides a gradient by its own running size, so that all of it is small
-# does not show.
+# first. With Adam for $G$ both get going, here the saturating one even sooner in two seeds: Adam divides a gradient
+# by its own running size, so a uniformly small one makes no difference.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -935,15 +937,17 @@ def test_the_game_gives_each_player_its_own_turn():
 #
 # $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
 #
-# $f$ is eight layers deep (two in `smoke`), so a change in the first moves everything after it. These layers must learn
-# slowly, and all other layers at one pace. But Adam moves every weight by about $\eta$ per step whatever the gradient's
+# $f$ is eight layers deep (two in `smoke`), each $\sqrt2\,\mathrm{LeakyReLU}_{0.2}$ of a linear layer; the $\sqrt 2$
+# keeps the size. Everything in the generator follows from the style, so $f$ should learn slowly, and all other layers
+# equally fast. With Adam neither holds by itself. It moves every weight by about $\eta$ per step whatever the gradient's
 # size: a layer with many inputs starts with small weights and is rewritten by such a step, one with few inputs hardly
 # notices. The **equalized learning rate** (Karras et al. 2018) stores all weights at one size and scales them in use,
 # with $m$ (`lr_multiplier`) 1 in most layers:
 #
-# $$y = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
+# $$o = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
-# Outputs have the size they always had, and a step now changes every layer by the same *share*. With $m = 0.01$ a layer
+# Inputs $x$ of size 1 give outputs $o$ of size 1 at any width, and a step changes the weights of every layer by the same
+# *share*. With $m = 0.01$ a layer
 # starts the same and learns 100 times slower: so does the mapping network. All linear layers below are of this kind.
 
 
@@ -1059,7 +1063,7 @@ def test_mapping_network():
 # <details><summary>Answer</summary>The mapping network's: leaky ReLU about halves the mean square at each layer, so
 # after eight layers <i>w</i> has about a sixteenth of its size, and modulates a sixteenth as much.</details>
 #
-# **Measured here.** Not taken out by themselves.
+# **Measured here.** Neither was taken out.
 
 # %% [markdown]
 # <a name="waves"></a>
@@ -1073,8 +1077,9 @@ def test_mapping_network():
 #
 # Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. In $h_0$, $v$ is a
 # patch's centre in the image, and the waves start with about half a turn across the image, so that neighbouring patches
-# start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start slower still. The pixels of all
-# patches are in the same places: their features are computed once per pass and shared.
+# start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start with an eighth of a turn across the
+# patch, nearly straight. Training may make them faster; to start faster did worse (below). The pixels of all patches are
+# in the same places: their features are computed once per pass and shared.
 
 
 # %%
@@ -1166,8 +1171,8 @@ def test_fourier_features_tell_pixels_apart():
 #
 # $$\mathrm{SLN}(h, w) = \bigl(1 + \gamma(w)\bigr) \odot \frac{h - \mu}{\sigma} + \beta(w)$$
 #
-# $\mu$ and $\sigma$ are taken over the $D$ features of one token, as in any LayerNorm. $\gamma(w)$ and $\beta(w)$ in
-# $\mathbb R^D$ are one linear layer of the style and are the same for all tokens of an image. So $w$ cannot say *"an
+# $\mu$ and $\sigma$ are mean and standard deviation over the $D$ features of one token, as in any LayerNorm.
+# $\gamma(w)$ and $\beta(w)$ in $\mathbb R^D$ are one linear layer of the style, the same for all tokens of an image. So $w$ cannot say *"an
 # eye goes here"*. It turns features up and down everywhere, and the position embedding decides where they matter.
 #
 # The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, which is plain LayerNorm at
@@ -1231,7 +1236,7 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
 # 3,297 and 3,377 (32,000 images), so no worse in so short a run, but its samples show only a few motifs. $\gamma$ in
-# place of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), nothing beyond the seeds.
+# place of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), no more than seeds differ.
 
 # %% [markdown]
 # <a name="block"></a>
@@ -1242,7 +1247,8 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # $$\mathrm{Attention}(h) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
 #
-# The division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$.
+# $Q$, $K$ and $V$ are three linear layers of the tokens $h$, cut into heads; a fourth mixes what the heads return. The
+# division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$.
 
 
 # %%
@@ -1337,7 +1343,7 @@ def what_one_changed_token_moves():
     _, axes = plt.subplots(1, 2, figsize=(5, 2.4))
     for axis, (name, part) in zip(axes, parts.items(), strict=True):
         moved = (part(other) - part(h)).norm(dim=-1).reshape(8, 8)
-        picture = axis.imshow(moved.clamp(min=1e-3).log10(), vmin=-2, vmax=1)
+        picture = axis.imshow(moved.clamp(min=1e-3).log10(), vmin=-3, vmax=1)
         axis.set_title(name, fontsize=10)
         axis.axis("off")
     plt.colorbar(picture, ax=axes, label="log₁₀ of how far")
@@ -1396,8 +1402,8 @@ def test_generator_block_is_its_two_equations():
 #
 # $$W'x = W(s \odot x), \qquad W''x = \delta \odot W(s \odot x), \quad \delta_i = \Bigl(\textstyle\sum_j W_{ij}^2 s_j^2 + \epsilon\Bigr)^{-1/2}$$
 #
-# One product for all patches of all images, the same numbers. Demodulation is off by default, and never used for the
-# layer to RGB.
+# One product for all patches of all images, the same numbers (biases are left out above). Demodulation takes back the
+# change of size that $s$ brings; it is off by default, and never used for the layer to RGB.
 
 
 # %%
@@ -1421,8 +1427,8 @@ class ModulatedLinear(nn.Module):
             return self.linear(x * s)  # (B, N, M, out)
         w = self.linear.weight * self.linear.weight_gain  # (out, in)
         with torch.autocast(x.device.type, enabled=False):  # a sum of squares, in float32
-            d = torch.rsqrt(s.to(w.dtype).square() @ w.square().T + 1e-8)  # (B, N, 1, out)
-        return d * F.linear(x * s, w) + self.linear.bias  # (B, N, M, out)
+            delta = torch.rsqrt(s.to(w.dtype).square() @ w.square().T + 1e-8)  # (B, N, 1, out)
+        return delta * F.linear(x * s, w) + self.linear.bias  # (B, N, M, out)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1445,7 +1451,7 @@ def test_modulated_linear_is_one_matrix_per_patch():
 # The network itself is a **SIREN** (Sitzmann et al. 2020): layers whose activation is a sine. With $x_0 = E(v)$, the
 # Fourier features of section 5, and every one of its $K$ layers (`depth`) a modulated layer $\mathrm{Mod}$:
 #
-# $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr), \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
+# $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr),\; k = 1, \dots, K-1, \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
 #
 # $\omega_0$ multiplies what goes into every sine: the larger it is, the faster colours can change within a patch. The
 # colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it.
@@ -1475,7 +1481,7 @@ class Siren(nn.Module):
 
 # %% [markdown]
 # Thirty-two patches that an untrained decoder paints for 32 random vectors, at 4 × 4 pixels and, from the same vectors,
-# at 32 × 32. It is one continuous picture; the pixels are where we look at it.
+# at 32 × 32.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1493,8 +1499,8 @@ def patches_of_an_untrained_siren():
 # %% [markdown]
 # **What do the sines do?** Five networks of equal width and depth learn an image of 32 × 32 pixels by heart, from
 # position to colour: two with ReLU, three with sines, each with the learning rate that did best of three on the
-# photograph. Above each stands how near it came (PSNR, larger is better, three random starts), and what it paints at
-# four times the resolution.
+# photograph. Each is shown as it paints at four times the resolution; above it how near it came to the pixels (PSNR,
+# larger is better, mean and standard deviation of three random starts).
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Picture: sine and ReLU paint the same image
@@ -1546,8 +1552,8 @@ def sine_and_relu_paint_the_same_image():
 
 
 # %% [markdown]
-# On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 2 at $\omega_0 = 1$, 10 at 3. On the
-# drawing, smooth but for one edge, sines gain nothing over ReLU. At $\omega_0 = 10$ the pixels fit and all between them
+# On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 3 at $\omega_0 = 1$, 10 at 3. On the
+# drawing, smooth but for an outline, sines gain nothing over ReLU, and at $\omega_0 = 1$ they lose. At $\omega_0 = 10$ the pixels fit and all between them
 # is noise: that is the price of a large $\omega_0$. We use 1: in the GAN, 3 was no better (below).
 
 
@@ -1590,7 +1596,7 @@ def test_patches_to_image_undoes_cutting():
 
 
 # %% [markdown]
-# **Wrong in published code.** A port reshapes (B, pixels, channels) to (1, B·channels, pixels) for a grouped
+# **Wrong in published code.** One port reshapes (B, pixels, channels) to (1, B·channels, pixels) for a grouped
 # convolution without a transpose, which silently mixes pixels with channels, and likewise on the way out.
 #
 # **Exercise.** In `patches_to_image`, exchange 3 and 1 in `permute`. Which ✓ fails, and what would you see?
@@ -1598,7 +1604,7 @@ def test_patches_to_image_undoes_cutting():
 # patches exchanged. The shapes are still right, which is why nothing else complains.</details>
 #
 # **Measured here.** Depth of the SIREN 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1)
-# after 48,000 images: the largest gain of all that we tried. Twice as wide: 2,698 and 2,631, nothing. $\omega_0$ 3 in
+# after 48,000 images, the largest gain of all that we tried; at 200,000 images it shows in recall alone. Twice as wide: 2,698 and 2,631, nothing. $\omega_0$ 3 in
 # place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed). One
 # linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
 
@@ -1693,8 +1699,8 @@ class Generator(nn.Module):
 
 
 # %% [markdown]
-# **A shape walk.** One batch of two latents goes through a generator of the paper's size, and every part prints what
-# comes out of it.
+# **A shape walk.** One batch of two latents goes through a generator of the paper's size, and its main parts print
+# what comes out of them.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1721,7 +1727,7 @@ def shape_walk_through_the_generator():
 
 # %% [markdown]
 # What an untrained generator paints: every image differs (the style), and the patches do not fit together: nothing has
-# asked them to yet. From here training sets out.
+# asked them to yet.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1762,7 +1768,7 @@ def test_generator():
 #
 # * **color**: brightness by −0.5 to 0.5, saturation by a factor of 0 to 2, contrast by one of 0.5 to 1.5;
 # * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
-# * **cutout**: a square of half the side set to zero (mid grey).
+# * **cutout**: a square of half the side set to zero (mid grey). `smoke`, whose samples you see, does without.
 
 
 # %%
@@ -1864,7 +1870,7 @@ def test_diff_augment():
 #
 # **Measured here.** Without DiffAugment in the adversarial losses: FRD 4,230 and 4,654 against 3,297 and 3,377 (32,000
 # images): worse with both seeds, by more than seeds usually differ. With cutout beside colour and translation:
-# 2,974 and 2,678 against 2,771 and 2,520 (48,000 images), nothing beyond the seeds.
+# 2,974 and 2,678 against 2,771 and 2,520 (48,000 images), no more than seeds differ.
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -1875,8 +1881,8 @@ def test_diff_augment():
 # extended by half its side in each direction: $2P \times 2P$ pixels, every $P$ pixels, and the number of tokens stays.
 # For the patch in row $r$ and column $c$ of the $\sqrt N \times \sqrt N$ grid:
 #
-# $$h_n = W \,\mathrm{vec}\bigl(x[\,rP - \tfrac P2 : rP + \tfrac{3P}2,\; cP - \tfrac P2 : cP + \tfrac{3P}2\,]\bigr) + b,
-#   \qquad n = r\sqrt N + c$$
+# $$h_i = W \,\mathrm{vec}\bigl(x[\,rP - \tfrac P2 : rP + \tfrac{3P}2,\; cP - \tfrac P2 : cP + \tfrac{3P}2\,]\bigr) + b,
+#   \qquad i = r\sqrt N + c$$
 
 
 # %%
@@ -1902,8 +1908,8 @@ class OverlappingPatchEmbedding(nn.Module):
 
 # %% [markdown]
 # A real image with two neighbours marked, and those patches as the discriminator gets them: they share a strip as wide
-# as P, so the border between them is inside both. On the right, how many patches hold each pixel. The slider `overlap`
-# is by how many pixels a patch is extended; at 0 every pixel is in one patch alone.
+# as P, so the border between them is inside both. On the right, how many patches hold each pixel. `overlap` says by how
+# many pixels a patch is extended; at 0 every pixel is in one patch alone.
 
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
@@ -1917,7 +1923,7 @@ def overlapping_patches_on_a_real_image(image=0, row=2, column=3, overlap=2):
     _, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="tight")
     show_images(image, "the image", axis=axes[0])
     for axis, colour, at in ((axes[1], "tab:red", column), (axes[2], "tab:blue", (column + 1) % grid)):
-        corner = (at * p - overlap + 0.5, row * p - overlap + 0.5)  # a frame of one pixel lies around the image
+        corner = (at * p - overlap - 0.5, row * p - overlap - 0.5)  # pixel 0 reaches from -0.5 to 0.5
         axes[0].add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=2))
         show_images(patches[0, :, row * grid + at].reshape(1, 3, side, side), axis=axis)
         axis.set_title(f"patch ({row}, {at}), {side} × {side} pixels", color=colour, fontsize=10)
@@ -1956,9 +1962,9 @@ def test_overlapping_patches():
 # Dot-product attention cannot: its logits are products of two tokens, and making tokens larger makes it steeper without
 # limit (Kim et al. 2021). The remedy is to compare tokens by **distance**, with **query and key from one matrix**:
 #
-# $$A_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q = h\,W_q$$
+# $$S_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q = h\,W_q$$
 #
-# Near tokens attend to each other. The distances need not be formed: expand the square, and the term that depends on
+# and the head returns $SV$. Near tokens attend to each other. The distances need not be formed: expand the square, and the term that depends on
 # $i$ alone is the same along the row, so the softmax ignores it. A dot product with one number added per key is left:
 #
 # $$-\|q_i - q_j\|^2 = 2\,q_i \cdot q_j - \|q_j\|^2 \underbrace{{} - \|q_i\|^2}_{\text{drops out}}$$
@@ -1993,7 +1999,7 @@ class L2Attention(nn.Module):
 # %% [markdown]
 # **Why over $d$.** The paper divides by $\sqrt d$. For normalised tokens the squared distance to another token is about
 # $2d$ and to oneself 0, so the others start $2\sqrt d$ behind: at $d = 64$ a factor of $e^{-16}$ each. The class token
-# of section 14 then attends to itself, nothing of the image reaches the head, and section 13 *keeps* the scale of $W_q$
+# of section 14 then attends to itself, nothing of the image reaches the logit, and section 13 *keeps* the scale of $W_q$
 # where it began. Over $d$ the others start 2 behind. Below, the share of its attention that a token gives to itself, at
 # the paper's width, before training.
 
@@ -2014,11 +2020,12 @@ def attention_to_oneself():
 # With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$. With several heads, tokens that
 # differ only in directions to which a head's $W_q$ is blind are at distance 0 for that head while their values differ,
 # and the steepness grows again; the check shows both. Kim et al. also multiply the values by $W_qW_q^\top$ of the head,
-# which rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens' length.
+# which rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens' length. That
+# limits the steepness of dot-product attention too, so the argument is weaker here than in general.
 #
-# What one patch of a real image attends to, before any training: the patch marked in red, and its attention in the L2
-# and in the dot-product form. L2 looks at patches that *look alike*, itself first; the dot product, which is not tied,
-# at whatever a random matrix points to.
+# What one patch of a real image attends to, before any training: the patch marked in red, $2P \times 2P$ as it is embedded, and its attention
+# in the L2 and in the dot-product form. L2 looks at patches that *look alike*, itself first; the dot product, which is
+# not tied, at whatever a random matrix points to.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2030,7 +2037,8 @@ def attention_of_one_patch():
     h, row, column = F.layer_norm(OverlappingPatchEmbedding(p, 96)(image), (96,)), grid // 2, grid // 3
     _, axes = plt.subplots(1, 3, figsize=(8.5, 2.9))
     show_images(image, "the patch that looks", axis=axes[0])
-    axes[0].add_patch(plt.Rectangle((column * p - 0.5, row * p - 0.5), p, p, fill=False, edgecolor="red", linewidth=2))
+    corner = ((column - 0.5) * p - 0.5, (row - 0.5) * p - 0.5)
+    axes[0].add_patch(plt.Rectangle(corner, 2 * p, 2 * p, fill=False, edgecolor="red", linewidth=2))
     for axis, form in zip(axes[1:], (L2Attention, SelfAttention), strict=True):
         weights = form(96, heads=1).weights(h)[0, 0, row * grid + column]
         axis.imshow(weights.reshape(grid, grid), vmin=0)
@@ -2086,7 +2094,7 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 # least.</details>
 #
 # **Measured here.** Dot-product attention in its place: FRD 3,364 and 3,417 against 3,297 and 3,377 (32,000 images),
-# nothing beyond the seeds.
+# no more than seeds differ.
 
 # %% [markdown]
 # <a name="isn"></a>
@@ -2223,7 +2231,7 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # passes: σ is held here too, only at 1.</details>
 #
 # **Measured here.** Plain spectral normalisation in its place: FRD 3,493 and 3,575; none: 3,477 and 3,295; as it is
-# 3,297 and 3,377 (32,000 images): nothing beyond the seeds.
+# 3,297 and 3,377 (32,000 images): no more than seeds differ.
 
 # %% [markdown]
 # <a name="discriminator"></a>
@@ -2313,8 +2321,8 @@ def test_discriminator():
 # **Exercise.** Read the logit off the mean of all tokens, `h.mean(1)` for `h[:, 0]`. Does a ✓ fail?
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
-# **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, one
-# seed). Depth 6 in place of 3: 1,556 after 50,000 images, where `smoke` has 1,337 to 1,478, and it is slower (one
+# **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but
+# Adam and batches of 32; one seed). Depth 6 in place of 3: 1,556 after 50,000 images, where `smoke` has 1,337 to 1,478, and it is slower (one
 # seed).
 
 # %% [markdown]
@@ -2333,7 +2341,8 @@ def test_discriminator():
 # $$L_\text{bCR} = \lambda_\text{real}\,\mathbb E\bigl[(D(x) - D(T(x)))^2\bigr] + \lambda_\text{fake}\,\mathbb E\bigl[(D(G(z)) - D(T(G(z))))^2\bigr]$$
 #
 # A discriminator in a hurry to learn the training images by heart has to do so for all their transformations. The
-# price: with a heavy weight it learns slowly, because giving every image the same logit is perfectly consistent.
+# price: with a heavy weight its logits stay close together, because giving every image the same one is perfectly
+# consistent. In the code $\lambda$ is `bcr_real` and `bcr_fake`; the discriminator minimises $L_D + L_\text{bCR}$.
 
 
 # %%
@@ -2390,7 +2399,7 @@ def test_balanced_consistency():
 #
 # **Measured here.** Without bCR: FRD 2,912 and 4,558 against 3,297 and 3,377 (32,000 images): one seed better, one
 # worse. Weights of 1 and 10 in place of 0.3: 2,073 and 2,977, 2,458 and 2,542 against 2,771 and 2,520 (48,000 images):
-# nothing beyond the seeds. The logits of real and generated images end 1.1, 0.4 and 0.05 apart at 0.3, 1 and 10.
+# no more than seeds differ. The logits of real and generated images end 1.1, 0.4 and 0.05 apart at 0.3, 1 and 10.
 
 # %% [markdown]
 # <a name="step"></a>
@@ -2398,14 +2407,17 @@ def test_balanced_consistency():
 #
 # **One step** trains the discriminator, then the generator, each on a batch of $B$. Here it is as a textbook prints it.
 # A `run` holds both networks, their optimizers, the images, and one thing more: the **moving average** of the
-# generator. The generator's weights jitter from step to step, pushed about by a discriminator that itself keeps moving;
-# their average usually paints better, and only the average paints the pictures that anybody sees. After $n$ images,
-# with half-life $T$ and batch size $B$:
+# generator. The generator's weights $\theta$ jitter from step to step, pushed about by a discriminator that itself keeps
+# moving; their average $\bar\theta$ usually paints better (not measured here), and it paints the pictures that are kept.
+# After $k$ images, with half-life $\tau$ and batch size $B$:
 #
-# $$\bar\theta \leftarrow \theta + 2^{-B/T_n}\,(\bar\theta - \theta), \qquad T_n = \min(T,\; 0.05\,n)$$
+# $$\bar\theta \leftarrow \theta + 2^{-B/\tau_k}\,(\bar\theta - \theta), \qquad \tau_k = \min(\tau,\; 0.05\,k)$$
 #
 # The second formula is a warm-up: early on, when the generator improves fast, the average must not drag the past along
 # (Karras et al. 2020a).
+#
+# In the code below `run.latents(n)` draws $z$, and `run.count` adds up losses for the log; labels (`y`) and R1, of
+# sections B and A, are off.
 
 
 # %%
@@ -2577,8 +2589,8 @@ def test_moving_average():
 
 # %% [markdown]
 # **A first run of a minute**, with nothing but this step: a small model on small drawings, and, beside the sound one,
-# three with a fault that published code has. `False` leaves one out. After 200 steps not even the sound one paints
-# shapes: compare the curves, and how pale the samples are.
+# two with faults of published code and one that is starved of data and left without its regularisation. `False` leaves
+# one out. After 200 steps not even the sound one paints shapes: compare the curves, and how pale the samples are.
 #
 # <a name="break"></a>
 # **Break it.**
@@ -2669,34 +2681,35 @@ def test_gelu_after_the_head_caps_the_loss():
 # <a name="muon"></a>
 # ## 17. Muon (may be skipped)
 #
-# Not from the paper: an optimizer, which `smoke` learns with. The singular value decomposition $G = USV^\top$ splits
-# the gradient of a matrix into *directions*: $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction
+# Not from the paper: an optimizer, which `smoke` and `lesson` learn with. The singular value decomposition
+# $\nabla = USV^\top$ splits the gradient of a matrix into *directions*: $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction
 # $u_i$ of the output that it moves, and $s_i$ says how strongly. A few $s_i$ are far larger than the rest, and Adam's
 # step, which treats the matrix as so many single numbers, is mostly in these few directions too. *Muon* (Jordan et al.
-# 2024) sets all $s_i$ to 1 and goes about equally far in every direction:
+# 2024) sets the $s_i$ to about 1 and goes about equally far in every direction in which the gradient is not tiny:
 #
 # $$W \leftarrow W - \eta\sqrt{\max(m, n)}\;UV^\top \qquad (W \text{ of shape } m \times n)$$
 #
 # The root mean square of the entries of $UV^\top$ is $1/\sqrt{\max(m, n)}$, so a weight moves by about $\eta$, as under
-# Adam. No decomposition is needed. Start from $X = G / \lVert G \rVert_F$ and repeat five times
+# Adam. No decomposition is needed. Start from $X = \nabla / \lVert \nabla \rVert_F$ and repeat five times
 #
 # $$X \leftarrow aX + (bA + cA^2)X,\quad A = XX^\top,\qquad a, b, c = 3.4445, -4.7750, 2.0315.$$
 #
 # $U$ and $V$ stay; every $s$ becomes $as + bs^3 + cs^5$, which lifts whatever is not tiny to between 0.7 and 1.2. For
-# $G$ we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay with
+# $\nabla$ we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay with
 # Adam, and so do matrices with a side of 10 or less, which have too few directions.
 
 
 # %%
 def orthogonalized(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """About UVᵀ for each g = USVᵀ of (K, m, n), by products in `dtype` (Jordan et al. 2024, "Newton-Schulz")."""
+    """About UVᵀ for each g = USVᵀ of K matrices (K, m, n), by products in `dtype` (Jordan et al. 2024, "Newton-Schulz")."""
     if dtype == torch.float16:
         g = g / g.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)  # float16 knows nothing below 6e-8
     x = (g.mT if g.shape[1] > g.shape[2] else g).to(dtype)  # (K, m, n), m ≤ n
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # (K, m, n)
+    a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        a = x @ x.mT  # (K, m, m)
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)  # (K, m, n)
+        A = x @ x.mT  # (K, m, m)
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)  # (K, m, n): a x + (b A + c A²) x
     return x.mT if g.shape[1] > g.shape[2] else x
 
 
@@ -2831,8 +2844,8 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # <details><summary>Answer</summary>Muon's: the directions are not yet lifted to one length, and the step is closer to
 # the plain gradient.</details>
 #
-# **Measured here.** 128 × 3 with a SIREN of depth 2: Adam 3,679 after 100,000 images (one seed); Muon 2,173, 1,614 and
-# 1,340. Its learning rate halved: 3,601 and 3,321 against 2,771 and 2,520 (48,000 images, 96 × 2), slower; doubled:
+# **Measured here.** 128 × 3 with a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000 samples); Muon
+# 2,173, 1,614 and 1,340 (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and 3,321 against 2,771 and 2,520 (48,000 images, 96 × 2), slower; doubled:
 # 2,304 and 2,351, perhaps better.
 
 # %% [markdown]
@@ -2841,14 +2854,15 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 #
 # All of this is folded; nothing in it changes what is learned. It promises:
 #
-# * **The fast step equals the plain one.** Real and painted images, plain and augmented, go through the discriminator
+# * **The fast step equals the plain one**, but for rounding and for $\sigma$, which it follows once a step, not four
+#   times. Real and painted images, plain and augmented, go through the discriminator
 #   in one pass of $4B$, so that weights are normalised once; bfloat16 multiplies matrices, float32 does the rest; in
 #   float16 a *scaler* multiplies the loss before `backward` and divides the gradients again, and a batch that overflows
 #   is skipped and counted. A check compares losses and gradients with the plain step's.
 # * **Compiled on a GPU** (not yet run there): both losses with their gradients, each a graph that is replayed. The
 #   minutes that this takes at the start do not count; where it fails, that is told and the run goes on without.
-# * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, is
-#   written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
+# * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, and
+#   is written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
 #   collapse late, and those are what one goes back to. Loading never runs code (`weights_only=True`).
 # * **Resuming is exact.** On one CPU with one number of threads, N + N steps equal 2N bit for bit. On a GPU expect no
 #   such thing: sums may be added in any order there. On another device, precision or PyTorch a run goes on too, and
@@ -3721,15 +3735,14 @@ def test_seed_decides_everything():
 #
 # What to look at while it runs:
 #
-# * **Losses.** They measure a balance and do not go down as in classification. A discriminator that only guesses has a
-#   loss of $2\log 2 = 1.386$, the generator facing it $\log 2 = 0.693$. Healthy is a discriminator that stays below its
-#   line but well above 0, so that there is something to learn from it. *consistency* is the bCR term, not part of
+# * **Losses.** Healthy is a discriminator that stays below 1.386 but well above 0, so that there is something to learn
+#   from it. *consistency* is the bCR term, not part of
 #   *loss_d*; R1 of section A is counted with it.
 # * **Logits.** *real* above *fake*. The gap is wide at first, narrows, and may widen again; it should neither vanish
 #   nor run away. *held out* are real images that it never trains on: when they drift from *real* to *fake*, the
 #   discriminator is learning the training images by heart.
 # * **σ(W) over its start**, of the raw weight of each layer of the discriminator: the factor that the improved spectral
-#   norm divides by. A layer twice as large is turned by a step only half as far.
+#   norm divides by. A layer twice as large is turned by a step only half as far. Near 1 is usual.
 # * **Samples.** First the colours are right, then the layout, then things. The average lags behind and jitters less.
 
 # %% tags=["nbval-ignore-output"]
@@ -3776,7 +3789,8 @@ def before_early_after():
 # $$\mathrm{KID} = \mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b), \qquad k(a,b) = \Bigl(\frac{a \cdot b}{d} + 1\Bigr)^3$$
 #
 # with $d$ features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a real image as
-# much as two samples resemble each other, and it is 0. It is unbiased, so it can be had from few samples.
+# much as two samples resemble each other, and it is 0 on average: a measured value can lie below. Few samples only widen
+# its error; they do not shift it.
 
 
 # %%
@@ -3931,8 +3945,10 @@ if LIVE:
 # * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$: are samples
 #   clearly of one class, and all classes there?
 #
-# The numbers in "Measured here" are **FRD**: the formula of FID on the features of a network that classifies CIFAR-10
-# (`benchmarks/frd.py`), because it needs no download of ours. Test images have 6, blurred ones 2,047.
+# The numbers in "Measured here" are **FRD**: the formula of FID, × 100, on the features of a small network that classifies
+# CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 10,000 samples for 128 × 3 (`smoke`'s
+# size), of 2,000 for the small models, which raises it: test images have 6, the first 2,000 of them 17. Blurred ones
+# have 2,047.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3967,7 +3983,7 @@ def test_samples_follow_the_seed():
 # <a name="explore"></a>
 # ## 21. Explore
 #
-# This shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the notebook, else the one that
+# Unless said otherwise, this shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the notebook, else the one that
 # you have just trained. Each picture is drawn anew when you let go of one of its sliders; that needs a running kernel.
 
 # %% tags=["nbval-ignore-output"]
@@ -4139,7 +4155,8 @@ def attention_of_a_token(image=0, row=3, column=3, block=2):
 
 # %% [markdown]
 # **Is it a copy?** Samples of your run, and held-out images, over the three training images that are nearest in 8 × 8
-# colours, mirrored ones included; above each column the distance to the first. A copy would be at 0. Held-out images
+# colours, mirrored ones included; above each column the distance to the first (root
+# mean square of the colours, which go from 0 to 1). A copy would be at 0. Held-out images
 # are no copies: samples that are about as far from the training images are none either.
 
 
@@ -4174,9 +4191,9 @@ def above_the_training_resolution(seed=0):
 # <a name="found"></a>
 # ## 22. What we found
 #
-# All of it is about a small model (a generator of at most a million weights) and few images (mostly 200,000, an hour on
-# one CPU core); nothing has been trained on a GPU yet. FRD is the formula of FID on the features of a CIFAR-10
-# classifier, lower is better; test images have 6, blurred ones 2,047, `smoke` 873, 986 and 885 (three seeds). Every
+# All of it is about small models (a generator of at most a million weights, but for `lesson`'s two) and few images (32,000
+# to 550,000; `smoke` sees 200,000 in an hour on one CPU core); nothing has been trained on a GPU yet. FRD is the formula
+# of FID, × 100, on the features of a CIFAR-10 classifier, lower is better; test images have 6, blurred ones 2,047, `smoke` 873, 986 and 885 (three seeds). Every
 # table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
@@ -4186,7 +4203,8 @@ def above_the_training_resolution(seed=0):
 # is too slow at this length. *Muon together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to 1,147 at
 # 200,000 images, 96 × 2 with Adam 1,803 to 2,296; 128 × 3 with Adam, one seed, was no better than the small one.
 #
-# **What stayed within the seeds.** Two runs that differ in nothing but the seed can lie 900 apart. No more than the
+# **What stayed within the seeds.** Two runs that differ in nothing but the seed can lie 900 apart, once 1,650. So a
+# difference counts only where all seeds agree, and a small one is a hint even then. No more than the
 # seeds do was seen from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real
 # images), the weight of bCR from 0.3 to 10, warm-up, batches of 32, cutout, mirrored images, L2 or dot-product
 # attention in the discriminator, improved, plain or no spectral normalisation. That is no proof that they are useless:
@@ -4195,15 +4213,15 @@ def above_the_training_resolution(seed=0):
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
 # 1,200 worse. A consistency of weight 10 squeezes the logits to within 0.05, and the generator learns all the same. At
-# 200,000 images depth 2, 3 and 4 are alike in FRD and differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, two
+# 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, two
 # convolutional networks, eight times faster, comes about as far in the same minutes: 1,058 after 38, one run, where
 # `smoke` has seen about 100,000 images and has 941 to 1,116.
 #
-# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. `smoke`, one
-# seed, trained on, had 730 at 350,000 images and 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while
+# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. Another run
+# of `smoke` had 730 at 350,000 images and 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while
 # recall goes on from 0.31 to 0.38. One of SIREN depth 2 stood still at 808, and a falling learning rate did not help it.
-# A convolutional discriminator did about as well, a deeper one no better (one seed each), so neither alone seems to hold
-# it back. Fresh discriminators tell the samples from real images much sooner without DiffAugment, but training on
+# At 50,000 images a convolutional discriminator did about as well, a deeper one no better (one seed each): that early,
+# neither alone holds it back. Fresh discriminators tell the samples from real images much sooner without DiffAugment, but training on
 # without it gained nothing in 25,000 images. What holds it back, we do not know.
 #
 # | part | paper | here | why |
@@ -4214,7 +4232,7 @@ def above_the_training_resolution(seed=0):
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` also no cutout | as published code has it; cutout within the seeds |
 # | optimizer | Adam, 0.002, batch 128 | `paper` the same; `lesson` Muon, 0.004, batch 64; `smoke` Muon, 0.004, batch 16 | `lesson` on a CPU, 100,000 images, one seed: Muon and a SIREN of depth 4 had FRD 1,303, Adam and depth 2 had 3,403 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
-# | patch decoder | SIREN | SIREN; in `smoke` four modulated layers | 1,358 and 1,193 for 2,771 and 2,520 at 48,000 images |
+# | patch decoder | SIREN | SIREN; in `smoke` and `lesson` four modulated layers | 1,358 and 1,193 for 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |
 
 
@@ -4223,63 +4241,45 @@ def above_the_training_resolution(seed=0):
 # ## 23. Try next
 #
 # * Your own images: `DATASET` folder, and their folder in `FOLDER`.
-# * `train(replace(config, learning_rate=2 * config.learning_rate))`. For `smoke`, 0.008 was perhaps better in short
-#   runs.
-# * `siren_depth=2` in `smoke` and `lesson`, or 4 in `paper`, which has 2: the largest difference at 48,000 images; at
-#   200,000 it is gone from FRD, but not from recall.
+# * `train(replace(config, learning_rate=2 * config.learning_rate))`. In the small model 0.008 was perhaps better with a
+#   SIREN of depth 2; with depth 4 not, after 36,000 images.
+# * `siren_depth=2` in `smoke` and `lesson`, or 4 in `paper`, which has 2: the largest difference at 48,000 images.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two separate losses (R3GAN).
-#   We tried one setting without gain.
+#   We tried two weights of its penalty without gain.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**
 #
-# * Bińkowski, Sutherland, Arbel & Gretton (2018). *Demystifying MMD GANs* (KID). ICLR.
-#   [arXiv:1801.01401](https://arxiv.org/abs/1801.01401)
-# * Kynkäänniemi, Karras, Laine, Lehtinen & Aila (2019). *Improved precision and recall metric*. NeurIPS.
-#   [arXiv:1904.06991](https://arxiv.org/abs/1904.06991)
-# * Salimans et al. (2016). *Improved techniques for training GANs* (Inception score). NeurIPS.
-#   [arXiv:1606.03498](https://arxiv.org/abs/1606.03498)
-# * Anokhin, Demochkin, Khakhulin, Sterkin, Lempitsky & Korzhenkov (2021). *Image generators with
-#   conditionally-independent pixel synthesis* (CIPS). CVPR. [arXiv:2011.13775](https://arxiv.org/abs/2011.13775)
-# * Dosovitskiy et al. (2021). *An image is worth 16×16 words* (ViT). ICLR.
-#   [arXiv:2010.11929](https://arxiv.org/abs/2010.11929)
-# * Goodfellow et al. (2014). *Generative adversarial nets*. NeurIPS. [arXiv:1406.2661](https://arxiv.org/abs/1406.2661)
-# * Heusel, Ramsauer, Unterthiner, Nessler & Hochreiter (2017). *GANs trained by a two time-scale update rule* (FID).
-#   NeurIPS. [arXiv:1706.08500](https://arxiv.org/abs/1706.08500)
-# * Jordan et al. (2024). *Muon: An optimizer for hidden layers in neural networks*.
-#   [kellerjordan.github.io/posts/muon](https://kellerjordan.github.io/posts/muon/)
-# * Karras, Aila, Laine & Lehtinen (2018). *Progressive growing of GANs* (equalized learning rate). ICLR.
-#   [arXiv:1710.10196](https://arxiv.org/abs/1710.10196)
-# * Karras, Laine & Aila (2019). *A style-based generator architecture* (mapping network, truncation). CVPR.
-#   [arXiv:1812.04948](https://arxiv.org/abs/1812.04948)
-# * Karras et al. (2020). *Analyzing and improving the image quality of StyleGAN* (StyleGAN2: weight modulation,
-#   convolutional discriminator). CVPR. [arXiv:1912.04958](https://arxiv.org/abs/1912.04958)
-# * Karras et al. (2020a). *Training generative adversarial networks with limited data* (warm-up of the average).
-#   NeurIPS. [arXiv:2006.06676](https://arxiv.org/abs/2006.06676)
-# * Kim, Papamakarios & Mnih (2021). *The Lipschitz constant of self-attention* (L2 attention). ICML.
-#   [arXiv:2006.04710](https://arxiv.org/abs/2006.04710)
-# * Lee, Chang, Jiang, Zhang, Tu & Liu (2022). *ViTGAN: Training GANs with Vision Transformers*. ICLR.
-#   [arXiv:2107.04589](https://arxiv.org/abs/2107.04589)
-# * Mescheder, Geiger & Nowozin (2018). *Which training methods for GANs do actually converge?* (R1). ICML.
-#   [arXiv:1801.04406](https://arxiv.org/abs/1801.04406)
-# * Miyato, Kataoka, Koyama & Yoshida (2018). *Spectral normalization for GANs*. ICLR.
-#   [arXiv:1802.05957](https://arxiv.org/abs/1802.05957)
-# * Sitzmann, Martel, Bergman, Lindell & Wetzstein (2020). *Implicit neural representations with periodic activation
-#   functions* (SIREN). NeurIPS. [arXiv:2006.09661](https://arxiv.org/abs/2006.09661)
-# * Tancik et al. (2020). *Fourier features let networks learn high frequency functions*. NeurIPS.
-#   [arXiv:2006.10739](https://arxiv.org/abs/2006.10739)
-# * Vaswani et al. (2017). *Attention is all you need*. NeurIPS. [arXiv:1706.03762](https://arxiv.org/abs/1706.03762)
-# * Zhao, Liu, Lin, Zhu & Han (2020). *Differentiable augmentation for data-efficient GAN training*. NeurIPS.
-#   [arXiv:2006.10738](https://arxiv.org/abs/2006.10738)
-# * Zhao, Singh, Lee, Zhang, Odena & Zhang (2021). *Improved consistency regularization for GANs* (bCR). AAAI.
-#   [arXiv:2002.04724](https://arxiv.org/abs/2002.04724)
+# * Anokhin et al. (2021). [Image generators with conditionally-independent pixel synthesis](https://arxiv.org/abs/2011.13775) (CIPS)
+# * Bińkowski et al. (2018). [Demystifying MMD GANs](https://arxiv.org/abs/1801.01401) (KID)
+# * Dosovitskiy et al. (2021). [An image is worth 16×16 words](https://arxiv.org/abs/2010.11929) (ViT)
+# * Goodfellow et al. (2014). [Generative adversarial nets](https://arxiv.org/abs/1406.2661)
+# * Heusel et al. (2017). [GANs trained by a two time-scale update rule](https://arxiv.org/abs/1706.08500) (FID)
+# * Huang et al. (2024). [The GAN is dead; long live the GAN!](https://arxiv.org/abs/2501.05441) (R3GAN)
+# * Jordan et al. (2024). [Muon: An optimizer for hidden layers in neural networks](https://kellerjordan.github.io/posts/muon/)
+# * Karras et al. (2018). [Progressive growing of GANs](https://arxiv.org/abs/1710.10196) (equalized learning rate)
+# * Karras et al. (2019). [A style-based generator architecture](https://arxiv.org/abs/1812.04948) (mapping network, truncation)
+# * Karras et al. (2020). [Analyzing and improving the image quality of StyleGAN](https://arxiv.org/abs/1912.04958) (StyleGAN2: weight modulation, convolutional discriminator)
+# * Karras et al. (2020a). [Training generative adversarial networks with limited data](https://arxiv.org/abs/2006.06676) (warm-up of the average)
+# * Kim et al. (2021). [The Lipschitz constant of self-attention](https://arxiv.org/abs/2006.04710) (L2 attention)
+# * Kynkäänniemi et al. (2019). [Improved precision and recall metric](https://arxiv.org/abs/1904.06991)
+# * Lee et al. (2022). [ViTGAN: Training GANs with Vision Transformers](https://arxiv.org/abs/2107.04589)
+# * Mescheder et al. (2018). [Which training methods for GANs do actually converge?](https://arxiv.org/abs/1801.04406) (R1)
+# * Miyato et al. (2018). [Spectral normalization for GANs](https://arxiv.org/abs/1802.05957)
+# * Miyato & Koyama (2018). [cGANs with projection discriminator](https://arxiv.org/abs/1802.05637)
+# * Salimans et al. (2016). [Improved techniques for training GANs](https://arxiv.org/abs/1606.03498) (Inception score)
+# * Sitzmann et al. (2020). [Implicit neural representations with periodic activation functions](https://arxiv.org/abs/2006.09661) (SIREN)
+# * Tancik et al. (2020). [Fourier features let networks learn high frequency functions](https://arxiv.org/abs/2006.10739)
+# * Vaswani et al. (2017). [Attention is all you need](https://arxiv.org/abs/1706.03762)
+# * Zhao et al. (2020). [Differentiable augmentation for data-efficient GAN training](https://arxiv.org/abs/2006.10738)
+# * Zhao et al. (2021). [Improved consistency regularization for GANs](https://arxiv.org/abs/2002.04724) (bCR)
 
 
 # %% [markdown]
 # <a name="other-networks"></a>
 # ## A. Other networks
 #
-# Two parts of the paper's experiments that no profile uses. Run this section, then train with them, from a cell or by
+# Two networks of the paper's experiments, and a penalty, that no profile uses. Run this section, then train with them, from a cell or by
 # flags of the same names: `train(replace(config, discriminator="stylegan2", r1=0.1, decoder="conv"))`.
 #
 # **`discriminator="stylegan2"`**: the paper's lowest FID on CIFAR-10, 4.57, is of its generator with the convolutional
@@ -4290,13 +4290,13 @@ def above_the_training_resolution(seed=0):
 # one image again and again betrays itself there. Groups are of four neighbours in the batch, so that real and
 # generated images never meet in one, and each of several processes forms its own.
 #
-# **`r1`**: this discriminator has no spectral normalisation. In its place R1 (Mescheder et al. 2018) asks that it be
-# flat where the real images are, with either discriminator:
+# **`r1`**: that discriminator has no spectral normalisation. R1 (Mescheder et al. 2018) takes its place and asks that the
+# discriminator be flat where the real images are. It works with either:
 #
-# $$L_{R_1} = \frac\gamma2\,\mathbb E\,\lVert\nabla_{\!x} D(x)\rVert^2$$
+# $$L_{R_1} = \frac{r_1}2\,\mathbb E\,\lVert\nabla_{\!x} D(x)\rVert^2$$
 #
-# on real images as they are, in one step of 16 with $16\gamma$, in float32 and never compiled. Plain descent would go
-# as far as with $\gamma$ in every step; Adam and Muon, whose steps do not grow with the gradient, go less far.
+# on real images as they are, in one step of 16 with $16\,r_1$, in float32 and never compiled. Plain descent would go
+# as far as with $r_1$ in every step; Adam and Muon, whose steps do not grow with the gradient, go less far.
 #
 # **`decoder="conv"`**: tokens are the pixels of a $\sqrt N \times \sqrt N$ image of $D$ channels; each stage doubles
 # the side and halves the channels, 16 at least, up to the image. Patches are not painted one by one, so neighbours can
@@ -4574,18 +4574,19 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 # ## B. Classes and larger images
 #
 # **Classes.** CIFAR-10 says of every image which of ten classes it shows; of shapes it is the kind, in a folder the
-# subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $y$:
+# subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $c$:
 #
-# * The **generator** learns a vector $e_y$ for each label, scaled to the length of $z$ and joined to it; the mapping
-#   network makes its style from both, $w = f([z; e_y])$, as class-conditional StyleGAN2 does (code: end of section 8).
-# * The **discriminator** learns a vector $v_y$ for each label, and its logit gets one more term, the **projection** of the
+# * The **generator** learns a vector $e_c$ for each label, scaled to the length of $z$ and joined to it; the mapping
+#   network makes its style from both, $w = f([z; e_c])$, as class-conditional StyleGAN2 does (code: end of section 8).
+# * The **discriminator** learns a vector $v_c$ for each label, and its logit gets one more term, the **projection** of the
 #   class token on it (Miyato & Koyama 2018). As one matrix, these vectors are spectrally normalised like all others:
 #
-# $$D(x, y) = \mathrm{head}(h) + \frac{\langle v_y, h\rangle}{\sqrt D}$$
+# $$D(x, c) = \mathrm{head}(h) + \frac{\langle v_c, h\rangle}{\sqrt{\text{width}}}$$
 #
+# with $h$ the class token after the last norm.
 # A painted image is judged with the label that it was painted for, and these labels are drawn as frequently as they occur
 # among the real images. At the end of a run `classes.png` shows every class in a row and every $z$ in a column; `python
-# vitgan_nb.py sample --weights FOLDER --label 3` paints one class, and a slider below shows it. At $\psi = 0$ all classes
+# vitgan_nb.py sample --weights FOLDER --label 3` paints one class; with `CLASSES`, a slider below does too. At $\psi = 0$ all classes
 # are the one mean style: truncation takes the class away too.
 #
 # ![ten kinds of shapes, one in each row](attachment:classes.png)
@@ -4705,7 +4706,7 @@ def test_every_image_is_judged_with_its_own_label():
 # | [13](#isn) weights normalised once for the four batches of a discriminator's step | they do not change between them |
 # | [5](#waves) Fourier features once, for all patches | positions are the same in every patch |
 # | [12](#l2) L2 attention by a dot product | $-\lVert q_i-q_j\rVert^2 = 2\,q_i \cdot q_j - \lVert q_j\rVert^2$ + what softmax ignores |
-# | [18](#engine) one pass of $4B$ images | a discriminator looks at each image alone |
+# | [18](#engine) one pass of $4B$ images | the ViT looks at each image alone |
 # | fused Adam, average in one call | the same sums |
 # | bfloat16 for products, float32 for the rest | not the same: it rounds; on a CPU the losses stay within the spread of seeds |
 #

@@ -147,7 +147,7 @@ MISTAKES = [
     (
         "Muon with one round in place of five",
         "test_muon_moves_a_matrix_about_equally_far_in_all_directions",
-        [("for _ in range(5):\n        a = x @ x.mT", "for _ in range(1):\n        a = x @ x.mT")],
+        [("for _ in range(5):\n        A = x @ x.mT", "for _ in range(1):\n        A = x @ x.mT")],
     ),
     (
         "the state of one of two optimizers not read back",
