@@ -32,7 +32,7 @@ ROWS = [
         ("real", 0, 106, "tensor", "real image x|(B, 3, 32, 32)", [2]),
         ("augment", 29, 106, "D", "DiffAugment|(B, 3, 32, 32)", [10]),
         ("overlap", 24, 116, "D", "overlapping\npatches|8 × 8, every 4 px\n(B, 64, 192)", [11]),
-        ("embed", 24, 116, "D", "linear|+ class token\n+ position\n(B, 65, 384)", [13, 14])]),
+        ("embed", 24, 116, "D", "linear|+ class token\n+ position\n(B, 65, 384)", [11, 13, 14])]),
     (430, 84, 590, 1, [("losses", 0, 245, "tensor", "losses|$L_D$: logit up for x, down for G(z)\n$L_G$: logit up for "
                         "G(z)\nconsistency: the same logit\nwith and without DiffAugment", [15])]),
     (544, 68, 60, 1, [

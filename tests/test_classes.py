@@ -1,6 +1,7 @@
 """Where classes are learned: labels come with their images, and a run with them is safe as any other."""
 
 import functools
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,8 @@ def test_a_folder_has_a_class_in_each_subfolder(folder):
     run = Training(config, "cpu")
     run.train_step()
     assert run.class_rows(2).shape == (6, 3, 16, 16)
+    shutil.rmtree(folder / "z")
+    assert {*vitgan_nb.load_images(config)[2].tolist()} == {0, 1}  # two are enough
 
 
 @pytest.mark.parametrize("wrong", ["none", "one", "outside"])
@@ -94,3 +97,27 @@ def test_the_command_line_paints_one_class(tmp_path):
 def test_runs_without_classes_keep_their_folder():
     folders = [vitgan_nb.run_folder(config).name for config in (vitgan_nb.PROFILES["smoke"], CONFIG, vitgan_nb.TINY)]
     assert folders[0] == "shapes32-d128x3-f51b32" and folders[1] != folders[2]
+
+
+def test_a_record_and_the_rows_of_samples_judge_and_paint_with_labels():
+    run = Training(replace(CONFIG, precision="bfloat16"), "cpu")
+    entry, z, g, d = run.record(), run.fixed_z, run.generator.eval(), run.discriminator.eval()
+    formats, painted = [], run.average.module
+    painted.register_forward_pre_hook(lambda *_: formats.append(torch.is_autocast_enabled("cpu")))
+    with torch.no_grad(), run.autocast():
+        in_turn = torch.arange(32) % 10
+        expected = d(g(z[:32], labels=in_turn).float(), labels=in_turn).float().mean()
+        assert entry["fake"] == pytest.approx(expected.item(), abs=1e-6)
+        for name, images, labels in zip(("real", "held_out"), (run.images, run.held_out), run.labels, strict=True):
+            expected = d(vitgan_nb.to_float(images[:32]), labels=labels[:32]).float().mean()
+            assert entry[name] == pytest.approx(expected.item(), abs=1e-6)
+        rows = [vitgan_nb.to_uint8(painted(z[:3], labels=torch.full((3,), kind))) for kind in range(10)]
+    formats.clear()
+    assert (run.class_rows(3).int() - torch.cat(rows).int()).abs().max() <= 1  # rounding
+    assert len(run.class_rows()) == 100 and len(run.samples()) == 64 and formats == [True] * 3
+
+
+def test_every_label_is_painted_as_often_as_it_occurs():
+    run = Training(CONFIG, "cpu")
+    run.images, run.labels[0] = run.images[:4], torch.tensor([1, 0, 0, 0])
+    assert 500 < run.random_labels(4000)["labels"].bincount()[1] < 1500

@@ -47,7 +47,8 @@ class Operations(TorchDispatchMode):
 @pytest.fixture
 def few_images(monkeypatch):
     def load_images(config):
-        return [torch.zeros(300, 3, config.image_size, config.image_size, dtype=torch.uint8) for _ in range(2)]
+        images = [torch.zeros(300, 3, config.image_size, config.image_size, dtype=torch.uint8) for _ in range(2)]
+        return images + [torch.arange(300) % 10] * 2 * config.classes
 
     monkeypatch.setattr(vitgan_nb, "load_images", load_images)
 
@@ -71,7 +72,10 @@ def on_meta(few_images, monkeypatch):
 OTHER = {"discriminator": "stylegan2", "decoder": "conv", "r1": 0.1}  # section A
 
 
-@pytest.mark.parametrize("other", [{}, OTHER, {"r1": 0.1}], ids=["default", "other", "r1"])
+CASES = {"default": {}, "other": OTHER, "r1": {"r1": 0.1}, "classes": {"classes": True}}
+
+
+@pytest.mark.parametrize("other", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_step_stays_on_the_gpu(on_meta, optimizer, precision, other):
@@ -83,14 +87,15 @@ def test_a_step_stays_on_the_gpu(on_meta, optimizer, precision, other):
     assert operations.all[READ_BACK] == 0 == operations.on_cpu.total(), +operations.on_cpu
 
 
-def test_of_images_too_large_for_the_gpu_only_a_batch_goes_there(on_meta, monkeypatch):
+@pytest.mark.parametrize("classes", [False, True])
+def test_of_images_too_large_for_the_gpu_only_a_batch_goes_there(on_meta, monkeypatch, classes):
     """Sets above the room for them stay on the CPU; uint8 is moved, and all the rest happens on the GPU."""
     monkeypatch.setattr(vitgan_nb, "batch_indices", lambda n, batch, *_: torch.arange(batch))
     monkeypatch.setattr(Tensor, "tolist", lambda numbers: [0.0] * len(numbers))  # for `record`
     size = 300 * 3 * TINY.image_size**2
     for room, device in ((size - 1, "cpu"), (size, "meta")):
         monkeypatch.setattr(vitgan_nb, "room_for_images", lambda _, room=room: room)
-        run = on_meta(replace(TINY, optimizer="adam"))
+        run = on_meta(replace(TINY, optimizer="adam", classes=classes))
         assert run.images.device.type == run.held_out.device.type == device
         with Operations() as operations:
             run.train_step()

@@ -1,5 +1,6 @@
 """Two processes with half of a batch each are one process with all of it."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from conftest import ROOT, SCRIPT, TINY, run_script, wait_for
 from PIL import Image
 
 import vitgan_nb
+from vitgan_nb import BadInput, OneStream
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CONFIG = replace(vitgan_nb.TINY, batch_size=6, bcr_real=2.0, bcr_fake=3.0, augment="color,translation,cutout")
@@ -45,6 +47,66 @@ def losses_and_state(run, steps=20):
         losses.append([entry[name] for name in (*vitgan_nb.STATISTICS, *vitgan_nb.LOGITS)])
     state = {part: getattr(run, part).state_dict() for part in PARTS}
     return torch.tensor(losses), state | {"painted": run.average.module(run.fixed_z).detach()}
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_process_takes_its_share_of_one_stream(rank):
+    """Along the axis of the images, which is the first of an even number of axes and the second of an odd one."""
+    for draw, share, whole, axis in (
+        (torch.rand, (4, 1, 1, 1), (12, 1, 1, 1), 0),
+        (torch.randn, (4, 7), (12, 7), 0),
+        (torch.rand, (3, 4, 1, 1, 1), (3, 12, 1, 1, 1), 1),
+        (functools.partial(torch.randint, 0, 1000), (2, 4, 1), (2, 12, 1), 1),
+    ):
+        torch.manual_seed(0)
+        numbers = draw(whole)
+        torch.manual_seed(0)
+        with OneStream(rank, 3):
+            mine = draw(share) if isinstance(draw, functools.partial) else draw(*share, dtype=torch.float32)
+        torch.testing.assert_close(mine, numbers.unflatten(axis, (4, 3)).select(axis + 1, rank), rtol=0, atol=0)
+        assert mine.dtype == numbers.dtype
+
+
+def test_a_batch_must_be_shared_out_evenly(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(BadInput, match="batch_size is 6, but must be a multiple of the 4 processes"):
+        vitgan_nb.Training(CONFIG, "cpu")
+    with pytest.raises(BadInput, match="batch_size is 8, but must be a multiple of 16 for discriminator stylegan2"):
+        vitgan_nb.Training(replace(CONFIG, batch_size=8, discriminator="stylegan2"), "cpu")
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """This process as the second of two, whose group has it alone."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_of_two_takes_its_share_and_sums_are_halved(one_of_two, monkeypatch):
+    images, draws, batch = [], [], vitgan_nb.real_batch
+    monkeypatch.setattr(vitgan_nb, "real_batch", lambda data, at, *to: (images.append(at), batch(data, at, *to))[1])
+    run = vitgan_nb.Training(replace(CONFIG, compile=True), "cpu")
+    assert (run.world, run.rank, run.compiles, run.quick) == (2, 1, False, {})
+    for network, its in ((run.generator, run.synced_g), (run.discriminator, run.synced_d)):
+        assert its.module is network and not its.broadcast_buffers
+    state = torch.get_rng_state()
+    run.generator.mapping.register_forward_hook(lambda _, inputs, __: draws.append(inputs[0]))
+    w_mean = run.generator.mapping.w_mean
+    run.train_step()
+    shared = vitgan_nb.batch_indices(len(run.images), 6, 0, CONFIG.seed)
+    assert [its.tolist() for its in images] == [shared[1::2].tolist()]
+    torch.set_rng_state(state)
+    torch.rand(6, 1, 1, 1)  # which images are mirrored
+    assert torch.equal(draws[0], torch.randn(6, CONFIG.latent_dim)[1::2]) and [len(z) for z in draws] == [3, 3]
+    assert run.generator.mapping.w_mean is w_mean and w_mean.norm() > 0
+    total = torch.tensor([2.0, 6.0])
+    run.agree(total)
+    assert total.tolist() == [1, 3]  # the sum over the group, over two
+    entry, sums = run.record(), run.sums
+    assert sums.count_nonzero() == 0 and entry["loss_d"] > 0  # both of the mean are halved
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -411,6 +411,7 @@ STATED = {
         "position.bias": ("uniform", math.pi),
         "wave.bias": ("uniform", math.pi),
         "scale.bias": ("constant", 1),
+        "rgb.linear.weight": ("normal", 0.1),
         "mapping.layers.0.weight": ("normal", 100),  # 1 over the multiplier
         "mapping.layers.1.weight": ("normal", 100),
         "mapping.layers.2.weight": ("normal", 100),
