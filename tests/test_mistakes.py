@@ -222,6 +222,11 @@ MISTAKES = [
         [("return weight / 2 * slope", "return weight * slope")],
     ),
     (
+        "an untrained generator that paints at full contrast",
+        "test_generator",
+        [("        nn.init.normal_(self.rgb.linear.weight, std=0.1)", "        #")],
+    ),
+    (
         "R1 as the slope of the mean logit",
         "test_slope_penalty",
         [("discriminator(images, **y).sum(), images", "discriminator(images, **y).mean(), images")],
