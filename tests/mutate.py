@@ -45,7 +45,10 @@ TESTS = {
     "teaching": ["vitgan_nb.py", "tests/test_reference.py", "tests/test_fast.py"],
     "engine": [
         f"tests/test_{name}.py"
-        for name in ("never_lose_a_run", "command_line", "bad_input", "classes", "folder", "gpu_rehearsal")
+        for name in (
+            *("engine", "processes", "never_lose_a_run", "command_line", "bad_input", "classes", "folder"),
+            "gpu_rehearsal",
+        )
     ],
 }
 # Long, or random, or processes that fork: left out. So is every test that starts a process, whose program is not edited.

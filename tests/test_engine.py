@@ -1,0 +1,130 @@
+"""Parts of the engine by themselves, each in this process: what is compiled and what not, formats, files."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vitgan_nb
+from vitgan_nb import TINY, Training, run_folder, save_checkpoint
+
+
+def compiled_run(monkeypatch, **other) -> tuple[Training, list]:
+    """A run for which `torch.compile` gives back what it gets, and what that was called with."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append((function.__name__, how)) or function)
+    return Training(replace(TINY, compile=True, **other), "cpu"), asked
+
+
+def test_both_objectives_are_compiled_as_a_whole_for_one_shape(monkeypatch):
+    run, asked = compiled_run(monkeypatch)
+    how = {"mode": "reduce-overhead", "dynamic": False}
+    assert asked == [("discriminator_objective", how), ("generator_objective", how)]
+    assert [*run.quick] == [name for name, _ in asked] and run.compiles
+    run.train_step()
+    assert [*run.quick] == [name for name, _ in asked] and run.notes == []  # nothing fell back
+
+
+def test_where_the_compiled_form_fails_the_plain_one_takes_its_place(capsys):
+    """Forwards or backwards, after wrong gradients have been left; what `more` gives is not lost."""
+    run, weight, x = Training(TINY, "cpu"), torch.nn.Parameter(torch.zeros(3)), torch.tensor([1.0, 2.0, 4.0])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(_, weight):
+            return weight.sum()
+
+        @staticmethod
+        def backward(*_):
+            weight.grad = torch.ones(3)
+            raise RuntimeError("x" * 300 + "\nmore")
+
+    def objective(x, y):
+        return [(weight * x).sum(), 2 * (weight * x).sum(), 5 * y + 0 * weight.sum()]
+
+    def forwards(x, y):
+        raise TypeError
+
+    y = torch.tensor(1.0)
+    for compiled in (forwards, lambda *_, y: [Fails.apply(weight)] * 3):
+        weight.data.zero_()
+        run.quick["objective"] = compiled
+        terms = run.descend(objective, optimizer, x, more=lambda x, y: (10 * weight * x).sum() + 7, y=y)
+        assert torch.equal(weight.data, -13 * x) and weight.grad is None and run.quick == {}
+        assert [term.item() for term in terms] == [0, 0, 12] and not any(term.requires_grad for term in terms)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "(TypeError); training goes on" in told[0] and "(" + "x" * 200 + ")" in told[1]
+    notes = [{"step": 0, "not_compiled": "objective", "reason": reason} for reason in ("TypeError", "x" * 200)]
+    assert run.notes == notes
+    run.quick["objective"] = lambda *_, y: (_ for _ in ()).throw(MemoryError())
+    with pytest.raises(MemoryError):  # no compiler's fault
+        run.descend(objective, optimizer, x, y=y)
+
+
+def test_products_that_cannot_be_compiled_fall_back_once_but_for_memory(capsys):
+    run = Training(TINY, "cpu")
+    muon = run.optimizer_d.each[1]
+    stacks, called = [torch.randn(2, 12, 16)], []
+
+    def quick(stacks, dtype):
+        called.append((len(stacks), dtype))
+        return vitgan_nb.orthogonalize_all(stacks, dtype)
+
+    expected = vitgan_nb.orthogonalize_all(stacks, torch.float32)
+    muon.orthogonalize = functools.partial(run.orthogonalize, quick, muon)
+    torch.testing.assert_close(muon.orthogonalize(stacks, torch.float32), expected)
+    assert called == [(1, torch.float32)] and run.notes == [] and capsys.readouterr().err == ""
+
+    def full(*_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run.orthogonalize(full, muon, stacks, torch.float32)
+
+    def broken(*_):
+        raise TypeError("no compiler")
+
+    torch.testing.assert_close(run.orthogonalize(broken, muon, stacks, torch.float32), expected)
+    assert muon.orthogonalize is vitgan_nb.orthogonalize_all
+    assert run.notes == [{"step": 0, "not_compiled": "orthogonalize_all", "reason": "no compiler"}]
+
+
+def test_both_halves_of_a_step_multiply_in_the_format_of_the_run():
+    run, formats = Training(replace(TINY, precision="bfloat16"), "cpu"), []
+    for network in (run.generator, run.discriminator):
+        network.register_forward_pre_hook(
+            lambda module, _: formats.append((type(module).__name__, torch.is_autocast_enabled("cpu")))
+        )
+    run.train_step()
+    assert formats == [("Generator", True), ("Discriminator", True)] * 2
+
+
+def test_the_folder_of_a_run_knows_which_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(TINY, dataset="folder", data_root="a")
+    assert run_folder(config) == run_folder(replace(config, data_root=str(tmp_path / "a")))
+    assert run_folder(config) != run_folder(replace(config, data_root="b"))
+    assert run_folder(replace(TINY, data_root="a")) == run_folder(TINY)  # shapes come from nowhere
+
+
+def test_a_checkpoint_takes_what_a_killed_one_left_and_says_what_a_disk_said(tmp_path, monkeypatch):
+    run = Training(TINY, "cpu")
+    (tmp_path / ".checkpoint-000000007.pt.partial").write_bytes(b"half")
+    save_checkpoint(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000.pt"]
+
+    def full(*_):
+        raise RuntimeError("unexpected pos 64 vs 0") from None
+
+    def closed(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as torch.save does
+
+    for save, reason in ((full, "unexpected pos"), (closed, "No space left")):
+        monkeypatch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match=reason):
+            save_checkpoint(run, tmp_path)
