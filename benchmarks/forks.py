@@ -53,6 +53,17 @@ def fourier_features_from(scale: float) -> type[v.FourierFeatures]:
     return Features
 
 
+def contrast_from(scale: float) -> type[v.Siren]:
+    """A patch decoder whose layer to RGB starts at `scale` times the usual size; the notebook's starts at 0.1."""
+
+    class Painter(v.Siren):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            torch.nn.init.normal_(self.rgb.linear.weight, std=scale)
+
+    return Painter
+
+
 class WarmedUpTraining(v.Training):
     """The learning rate grows to its value over the first 1,000 steps."""
 
@@ -97,6 +108,8 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "half-a-turn-depth-3": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 3}),
     "half-a-turn-rate-0.008": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 4, "learning_rate": 0.008}),
     "fast-fourier": ({"FourierFeatures": fourier_features_from(4)}, {"siren_depth": 4}),
+    "full-contrast": ({"Generator": positions_from(1 / 2), "Siren": contrast_from(1)}, {"siren_depth": 4}),
+    "greyer": ({"Generator": positions_from(1 / 2), "Siren": contrast_from(0.01)}, {"siren_depth": 4}),
     "slow-fourier": ({"FourierFeatures": fourier_features_from(1 / 4)}, {"siren_depth": 4}),
     "demodulate": ({}, {"siren_depth": 4, "demodulate": True}),
     "siren-width-192": ({}, {"siren_dim": 192}),

@@ -79,6 +79,7 @@ MESSAGES = {"print", "say", "BadInput", "ValueError"}
 SPEED = "the same numbers, sooner or later"
 SQUARE = "images are square"
 ORDER = "the same either way round"
+MEMORY = "the same numbers, with more memory"
 SAME = {
     (
         "real_batch",
@@ -170,16 +171,95 @@ SAME = {
         "torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)",
         "torch.autocast(self.device.type, dtype=self.dtype)",
     ): "autocast to float32 switches itself off, with a warning",
+    ("Run.count", "terms[0]", "terms[1]"): "each is one number",
+    ("Run.record", "torch.no_grad()", ""): MEMORY,
+    ("Run.samples", "torch.no_grad()", ""): MEMORY,
+    ("Run.class_rows", "torch.no_grad()", ""): MEMORY,
+    ("Run.samples", "64", "65"): "there are 64",
+    (
+        "Training.discriminator_objective",
+        "balanced_consistency(real_plain, real_augmented, config.bcr_real)",
+        "balanced_consistency(real_augmented, real_plain, config.bcr_real)",
+    ): "a difference is squared",
+    (
+        "Training.discriminator_objective",
+        "balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)",
+        "balanced_consistency(fake_augmented, fake_plain, config.bcr_fake)",
+    ): "a difference is squared",
+    ("discard_old", "path.stem[-9:]", "path.stem[-10:]"): "a minus before the number, which has as many bits",
+    (
+        "load_checkpoint",
+        'torch.load(path, map_location="cpu", weights_only=True)',
+        "torch.load(path, map_location='cpu')",
+    ): "the default since PyTorch 2.6",
 }
 # (function, before, after) of what could be noticed: why nobody minds. Counted as missed.
 ANY_SMALL = "only against a division by 0: any small number serves"
+AS_GOOD = "other random numbers, as good"
+GPU = "on a GPU only"
 LEFT = {
+    ("epoch_order", "seed * 1_000_003 + epoch", "(seed * 1000003 - epoch)"): AS_GOOD,
+    ("epoch_order", "seed * 1_000_003", "seed * 1000004"): AS_GOOD,
+    ("Run.__init__", "torch.randn(64, config.latent_dim)", "torch.randn(65, config.latent_dim)"): AS_GOOD,
+    (
+        "Run.random_labels",
+        "torch.randint(0, len(self.images), (n, 1), device=self.device)",
+        "torch.randint(0, len(self.images), (n, 2), device=self.device)",
+    ): AS_GOOD,
+    ("Training.__init__", "torch.manual_seed(config.seed)", "pass"): AS_GOOD,
+    ("Training.__init__", "torch.cuda.set_device(device)", "pass"): GPU,
+    ("Training.__init__", 'config.optimizer == "muon"', "(config.optimizer != 'muon')"): GPU,
+    (
+        "Training.__init__",
+        'torch.compile(orthogonalize_all, mode="reduce-overhead", dynamic=False)',
+        "torch.compile(orthogonalize_all, dynamic=False)",
+    ): GPU,
+    (
+        "Training.__init__",
+        'torch.compile(orthogonalize_all, mode="reduce-overhead", dynamic=False)',
+        "torch.compile(orthogonalize_all, mode='reduce-overhead')",
+    ): GPU,
+    ("Training.__init__", "optimizer.each[1]", "optimizer.each[2]"): GPU,
+    (
+        "Training.__init__",
+        "functools.partial(self.orthogonalize, quick, optimizer.each[1])",
+        "functools.partial(quick, self.orthogonalize, optimizer.each[1])",
+    ): GPU,
+    (
+        "Training.__init__",
+        "functools.partial(self.orthogonalize, quick, optimizer.each[1])",
+        "functools.partial(self.orthogonalize, optimizer.each[1], quick)",
+    ): GPU,
+    ("Training.descend", "torch.compiler.cudagraph_mark_step_begin()", "pass"): GPU,
+    ("Run.class_rows", "torch.arange(kinds, device=self.device)", "torch.arange(kinds)"): GPU,
+    ("state_of", 'rng["cuda"] = torch.cuda.get_rng_state(run.device)', "pass"): GPU,
+    ("restore", "torch.manual_seed(run.config.seed + 104_729 * run.step)", "pass"): GPU,
+    ("restore", "run.config.seed + 104_729 * run.step", "(run.config.seed - 104729 * run.step)"): GPU,
+    ("restore", "104_729 * run.step", "104730 * run.step"): GPU,
+    (
+        "restore",
+        'run.device.type == "cuda" and "cuda" in state["rng"]',
+        "(run.device.type == 'cuda' or 'cuda' in state['rng'])",
+    ): GPU,
+    ("restore", 'run.device.type == "cuda"', "(run.device.type != 'cuda')"): GPU,
+    ("restore", '"cuda" in state["rng"]', "('cuda' not in state['rng'])"): GPU,
+    ("restore", 'torch.cuda.set_rng_state(state["rng"]["cuda"], run.device)', "pass"): GPU,
+    (
+        "restore",
+        'torch.cuda.set_rng_state(state["rng"]["cuda"], run.device)',
+        "torch.cuda.set_rng_state(run.device, state['rng']['cuda'])",
+    ): GPU,
+    (
+        "load_checkpoint",
+        'torch.load(path, map_location="cpu", weights_only=True)',
+        "torch.load(path, weights_only=True)",
+    ): GPU,
     ("orthogonalized", "min=1e-30", "min=1.5e-30"): ANY_SMALL,
     ("orthogonalized", "min=1e-7", "min=1.5e-07"): ANY_SMALL,
     ("load_images", "counts = 10_000, 1_000", "counts = 10_000, 1001"): "a choice",
     ("Generator.__init__", "10", "11"): "a default that all who have images replace",
     ("Discriminator.__init__", "10", "11"): "a default that all who have images replace",
-    ("batch_indices", "epoch_order(n, seed, e)", "epoch_order(n, e, seed)"): "another order, as good",
+    ("batch_indices", "epoch_order(n, seed, e)", "epoch_order(n, e, seed)"): AS_GOOD,
     (
         "run_folder",
         "hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:6]",
@@ -189,7 +269,7 @@ LEFT = {
         "Keeper.take_back",
         "15_485_863 * self.taken_back",
         "(15485863 / self.taken_back)",
-    ): "other random numbers, as good",
+    ): AS_GOOD,
     ("Keeper.start", "self.by_time", "(not self.by_time)"): "how the bar counts",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
     ("Keeper.after_step", "self.draw()", "pass"): "the live figure, in a notebook only",

@@ -4,7 +4,9 @@ import functools
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
+from conftest import TINY as FLAGS
 
 import vitgan_nb
 from vitgan_nb import TINY, Training, run_folder, save_checkpoint
@@ -128,3 +130,31 @@ def test_a_checkpoint_takes_what_a_killed_one_left_and_says_what_a_disk_said(tmp
         monkeypatch.setattr(torch, "save", save)
         with pytest.raises(OSError, match=reason):
             save_checkpoint(run, tmp_path)
+
+
+def test_a_run_that_is_done_ends_well_once_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for told in ("Step 2,", "Nothing to do"):
+        assert vitgan_nb.main(["train", *FLAGS, "--steps", "2"]) == 0
+        assert told in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_full_disk_for_weights_too(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        vitgan_nb.save_generator(vitgan_nb.Generator(TINY), tmp_path / "a.safetensors")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_an_exported_generator_says_of_itself(tmp_path):
+    generator = vitgan_nb.Generator(TINY)
+    for about in ("", "350,000 images"):
+        vitgan_nb.save_generator(generator, tmp_path / "a.safetensors", about=about)
+        with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+            told = file.metadata()
+        assert told.pop("config") == vitgan_nb.json.dumps(vitgan_nb.asdict(TINY)) and told == (
+            {"about": about} if about else {}
+        )
