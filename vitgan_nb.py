@@ -31,8 +31,7 @@
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
-# *Built-in shapes: what the default run without a GPU paints at its end. The outputs stored below are of
-# that run.*
+# *Built-in shapes: what the default run without a GPU paints at its end. The outputs stored below are of that run.*
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -62,12 +61,12 @@
 #
 # No GPU has run this notebook yet: what it says about GPUs is intended, and was rehearsed on a CPU, but not seen.
 #
-# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17
-# minutes, 12 to 15 of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a
-# check that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on a
-# title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook.
-# Sections 2 to 17 have an exercise: change the code, run the section again, and see what happens and whether a ✓ fails.
-# Skip "Measured here" on a first reading: it speaks of models and numbers that come later.
+# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, 12 to
+# 15 of them in section 19 (the stored run, beside other work, 24). Or step through: a section is text, a formula, a
+# short cell of code, a picture, and a check that prints a line with a ✓ for each thing that holds. Checks, long figures
+# and the engine are folded; click on a title to open one. `@demo` runs the function below it at once; `LIVE` is true in
+# a notebook. Sections 2 to 17 have an exercise: change the code, run the section again, and see what happens and
+# whether a ✓ fails. Skip "Measured here" on a first reading: it speaks of models and numbers that come later.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -737,9 +736,9 @@ def test_batches_visit_every_image_once_per_epoch():
 # <details><summary>Answer</summary>The first of this section: black is 0 then, not −1.</details>
 #
 # **Measured here.** Without mirroring, FRD (a distance to real images, lower is better, [section 20](#measure)) was
-# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): no more than seeds differ. Unless said
-# otherwise the model is small, two blocks with tokens 96 wide: at 48,000 images with Muon and a SIREN of depth 2; at
-# 36,000 with Muon and depth 4; at 32,000 with Adam and depth 2.
+# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): no more than seeds differ. Unless said otherwise
+# the model is small, two blocks with tokens 96 wide: at 48,000 images with Muon and a SIREN of depth 2; at 36,000 with
+# Muon and depth 4; at 32,000 with Adam and depth 2.
 
 # %% [markdown]
 # <a name="game"></a>
@@ -760,8 +759,8 @@ def test_batches_visit_every_image_once_per_epoch():
 #
 # $D$ wants its logits high on real points $x$ and low on generated ones; $G$ wants them high on its own.
 #
-# **Two numbers to remember.** A discriminator that can only guess answers 0 to everything, and
-# $\mathrm{softplus}(0) = \log 2$. Then $L_D = 2 \log 2 = 1.386$ and $L_G = \log 2 = 0.693$.
+# **Two numbers to remember.** A discriminator that can only guess answers 0 to everything, and $\mathrm{softplus}(0) =
+# \log 2$. Then $L_D = 2 \log 2 = 1.386$ and $L_G = \log 2 = 0.693$.
 
 
 # %%
@@ -811,8 +810,7 @@ def play(game: Game, turns: int) -> list[tuple[float, float]]:
 
 # %% [markdown]
 # Dots: black real, orange generated. Colour: what $D$ makes of every place, from blue, surely fake, over white, a mere
-# guess, to red, surely real. At the end the circle itself is nearly white: generated points lie there too, so $D$ can
-# only guess.
+# guess, to red, surely real. At the end the circle is nearly white: generated points lie there too.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -843,8 +841,7 @@ def the_game():
 # **Losses that do not go down.** A classifier's loss falls because its data stand still. Here each player's task is the
 # other player: what is good for one is bad for the other, and the two losses hover near the dotted lines, 1.386 and
 # 0.693, while the points find their places. A loss shows who is ahead, not how good the points are. $L_D$ far below
-# 1.386: $D$ tells the two apart with ease. At the line, it guesses: the points are right, or $D$ is weak. To know
-# which, look at the points.
+# 1.386: $D$ tells the two apart with ease. At the line it guesses: the points are right, or $D$ is weak. Look at them.
 #
 # **The saturating loss.** $G$ could as well minimise $-\mathrm{softplus}(D(G(z)))$, the exact opposite of its term in
 # $L_D$. The slope of that by the logit is $-\mathrm{sigmoid}(D)$: near 0 where $D$ is sure of a fake. $G$ then learns
@@ -852,8 +849,8 @@ def the_game():
 #
 # Below, $D$ gets a head start of 300 turns. With plain gradient descent for $G$, the saturating generator hardly moves
 # in the next 300 turns, in all three seeds. The other one leaves at once, in two of the seeds far past the circle
-# first. With Adam for $G$ both get going, here the saturating one even sooner in two seeds: Adam divides a gradient
-# by its own running size, so a uniformly small one makes no difference.
+# first. With Adam for $G$ both get going, here the saturating one even sooner in two seeds: Adam divides a gradient by
+# its own running size, so a uniformly small one makes no difference.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -939,16 +936,16 @@ def test_the_game_gives_each_player_its_own_turn():
 #
 # $f$ is eight layers deep (two in `smoke`), each $\sqrt2\,\mathrm{LeakyReLU}_{0.2}$ of a linear layer; the $\sqrt 2$
 # keeps the size. Everything in the generator follows from the style, so $f$ should learn slowly, and all other layers
-# equally fast. With Adam neither holds by itself. It moves every weight by about $\eta$ per step whatever the gradient's
-# size: a layer with many inputs starts with small weights and is rewritten by such a step, one with few inputs hardly
-# notices. The **equalized learning rate** (Karras et al. 2018) stores all weights at one size and scales them in use,
-# with $m$ (`lr_multiplier`) 1 in most layers:
+# equally fast. With Adam neither holds by itself. It moves every weight by about $\eta$ per step whatever the
+# gradient's size: a layer with many inputs starts with small weights and is rewritten by such a step, one with few
+# inputs hardly notices. The **equalized learning rate** (Karras et al. 2018) stores all weights at one size and scales
+# them in use, with $m$ (`lr_multiplier`) 1 in most layers:
 #
 # $$o = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
-# Inputs $x$ of size 1 give outputs $o$ of size 1 at any width, and a step changes the weights of every layer by the same
-# *share*. With $m = 0.01$ a layer
-# starts the same and learns 100 times slower: so does the mapping network. All linear layers below are of this kind.
+# Inputs $x$ of size 1 give outputs $o$ of size 1 at any width, and a step changes the weights of every layer by the
+# same *share*. With $m = 0.01$ a layer starts the same and learns 100 times slower: so does the mapping network. All
+# linear layers below are of this kind.
 
 
 # %%
@@ -1078,8 +1075,8 @@ def test_mapping_network():
 # Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. In $h_0$, $v$ is a
 # patch's centre in the image, and the waves start with about half a turn across the image, so that neighbouring patches
 # start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start with an eighth of a turn across the
-# patch, nearly straight. Training may make them faster; to start faster did worse (below). The pixels of all patches are
-# in the same places: their features are computed once per pass and shared.
+# patch, nearly straight. Training may make them faster; to start faster did worse (below). The pixels of all patches
+# are in the same places: their features are computed once per pass and shared.
 
 
 # %%
@@ -1114,8 +1111,8 @@ class FourierFeatures(nn.Module):
 
 # %% [markdown]
 # Above, six features of the position embedding at the start, over the 8 × 8 patches. Below, six Fourier features over
-# one patch; the grid marks its 4 × 4 pixels. They are smooth and defined everywhere between, which is how
-# [section 21](#explore) paints at a higher resolution than it trained.
+# one patch; the grid marks its 4 × 4 pixels. They are smooth and defined everywhere between, which is how [section
+# 21](#explore) paints at a higher resolution than it trained.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1157,9 +1154,8 @@ def test_fourier_features_tell_pixels_apart():
 # patch would begin as one flat colour.</details>
 #
 # **Measured here.** A position embedding that starts with half a turn in place of a whole one: FRD 1,427 and 1,250
-# against 1,716 and 1,562 after 36,000 images, better with both seeds and at 24,000 too. A quarter of a turn: 1,522
-# against 1,250. With a whole turn, 1,562, Fourier features that start four times faster: 2,755; four times slower:
-# 1,561 (one seed each).
+# against 1,716 and 1,562 after 36,000 images, better with both. A quarter of a turn: 1,522 against 1,250. With a whole
+# turn, 1,562, Fourier features that start four times faster: 2,755; four times slower: 1,561 (one seed each).
 
 # %% [markdown]
 # <a name="sln"></a>
@@ -1172,8 +1168,8 @@ def test_fourier_features_tell_pixels_apart():
 # $$\mathrm{SLN}(h, w) = \bigl(1 + \gamma(w)\bigr) \odot \frac{h - \mu}{\sigma} + \beta(w)$$
 #
 # $\mu$ and $\sigma$ are mean and standard deviation over the $D$ features of one token, as in any LayerNorm.
-# $\gamma(w)$ and $\beta(w)$ in $\mathbb R^D$ are one linear layer of the style, the same for all tokens of an image. So $w$ cannot say *"an
-# eye goes here"*. It turns features up and down everywhere, and the position embedding decides where they matter.
+# $\gamma(w)$ and $\beta(w)$ in $\mathbb R^D$ are one linear layer of the style, the same for all tokens of an image. So
+# $w$ cannot say *"an eye goes here"*. It turns features up and down; the position embedding decides where they matter.
 #
 # The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, which is plain LayerNorm at
 # $\gamma = \beta = 0$.
@@ -1231,8 +1227,7 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 
 # %% [markdown]
 # **Exercise.** Take `w.mean(0, keepdim=True)` for `w` in `forward`. Which ✓ fails, and what would the samples be?
-# <details><summary>Answer</summary>SLN's, and later the generator's: every image of a batch would be the same
-# one.</details>
+# <details><summary>Answer</summary>SLN's, and later the generator's: all images of a batch would be one.</details>
 #
 # **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
 # 3,297 and 3,377 (32,000 images), so no worse in so short a run, but its samples show only a few motifs. $\gamma$ in
@@ -1379,8 +1374,8 @@ def test_generator_block_is_its_two_equations():
 # away; one norm shared by both halves; the residual taken from $h$ *after* it was overwritten by its normalised self,
 # so that nothing accumulates.
 #
-# **Exercise.** Give the block one SLN for both halves, `self.norm2 = self.norm1`. Which ✓ fails, and what can
-# the block no longer do?
+# **Exercise.** Give the block one SLN for both halves, `self.norm2 = self.norm1`. Which ✓ fails, and what can the block
+# no longer do?
 # <details><summary>Answer</summary>The block's. Attention and MLP then get the same scale and shift from a style, and
 # cannot be turned up and down apart.</details>
 #
@@ -1483,8 +1478,7 @@ class Siren(nn.Module):
 
 
 # %% [markdown]
-# Thirty-two patches that an untrained decoder paints for 32 random vectors, at 4 × 4 pixels and, from the same vectors,
-# at 32 × 32.
+# Patches that an untrained decoder paints for 32 random vectors, at 4 × 4 pixels and, from the same, at 32 × 32.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1556,8 +1550,9 @@ def sine_and_relu_paint_the_same_image():
 
 # %% [markdown]
 # On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 3 at $\omega_0 = 1$, 10 at 3. On the
-# drawing, smooth but for an outline, sines gain nothing over ReLU, and at $\omega_0 = 1$ they lose. At $\omega_0 = 10$ the pixels fit and all between them
-# is noise: that is the price of a large $\omega_0$. We use 1: in the GAN, 3 was no better (below).
+# drawing, smooth but for an outline, sines gain nothing over ReLU, and at $\omega_0 = 1$ they lose. At $\omega_0 = 10$
+# the pixels fit and all between them is noise: that is the price of a large $\omega_0$. We use 1: in the GAN, 3 was no
+# better.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1607,11 +1602,12 @@ def test_patches_to_image_undoes_cutting():
 # patches exchanged. The shapes are still right, which is why nothing else complains.</details>
 #
 # **Measured here.** Depth of the SIREN 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1)
-# after 48,000 images, the largest gain of all that we tried; at 200,000 images it shows in recall alone. Twice as wide: 2,698 and 2,631, nothing. $\omega_0$ 3 in
-# place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed). One
-# linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
-# Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830 (two seeds); at full contrast, as in all
-# other numbers of this notebook but those of section 22 that say so, 3,847 (one seed), and 2,803 after 24,000.
+# after 48,000 images, the largest gain of all that we tried; at 200,000 images it shows in recall alone. Twice as wide:
+# 2,698 and 2,631, nothing. $\omega_0$ 3 in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against
+# 1,562 after 36,000 images (one seed). One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377
+# (32,000 images): it paints mosaics. Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830
+# (two seeds); at full contrast, as in all other numbers of this notebook but those of section 22 that say so, 3,847
+# (one seed), and 2,803 after 24,000.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1704,8 +1700,7 @@ class Generator(nn.Module):
 
 
 # %% [markdown]
-# **A shape walk.** One batch of two latents goes through a generator of the paper's size, and its main parts print
-# what comes out of them.
+# **A shape walk.** One batch of two latents goes through a generator of the paper's size; its main parts print what they return.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1766,11 +1761,11 @@ def test_generator():
 # <a name="diffaugment"></a>
 # ## 10. DiffAugment: more data than there is
 #
-# The other half: the discriminator. Shown the same 50,000 images again and again it learns them by heart, and then
-# its opinion of anything else is worthless. Augmentation is the usual cure, but if only the *real* images are
-# augmented, the generator learns to paint augmented images. DiffAugment (Zhao et al. 2020) transforms **real and
-# generated images alike**, in both networks' steps, with operations $T$ that gradients pass through, so that the
-# generator is told what to change in the image *before* the transformation:
+# The other half: the discriminator. Shown the same 50,000 images again and again it learns them by heart, and then its
+# opinion of anything else is worthless. Augmentation is the usual cure, but if only the *real* images are augmented,
+# the generator learns to paint augmented images. DiffAugment (Zhao et al. 2020) transforms **real and generated images
+# alike**, in both networks' steps, with operations $T$ that gradients pass through, so that the generator is told what
+# to change in the image *before* the transformation:
 #
 # * **color**: brightness by −0.5 to 0.5, saturation by a factor of 0 to 2, contrast by one of 0.5 to 1.5;
 # * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
@@ -1875,8 +1870,8 @@ def test_diff_augment():
 # give generated images away.</details>
 #
 # **Measured here.** Without DiffAugment in the adversarial losses: FRD 4,230 and 4,654 against 3,297 and 3,377 (32,000
-# images): worse with both seeds, by more than seeds usually differ. With cutout beside colour and translation:
-# 2,974 and 2,678 against 2,771 and 2,520 (48,000 images), no more than seeds differ.
+# images): worse with both seeds, by more than seeds usually differ. With cutout beside colour and translation: 2,974
+# and 2,678 against 2,771 and 2,520 (48,000 images), no more than seeds differ.
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -1970,8 +1965,9 @@ def test_overlapping_patches():
 #
 # $$S_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q = h\,W_q$$
 #
-# and the head returns $SV$. Near tokens attend to each other. The distances need not be formed: expand the square, and the term that depends on
-# $i$ alone is the same along the row, so the softmax ignores it. A dot product with one number added per key is left:
+# and the head returns $SV$. Near tokens attend to each other. The distances need not be formed: expand the square, and
+# the term that depends on $i$ alone is the same along the row, so the softmax ignores it. A dot product with one number
+# added per key is left:
 #
 # $$-\|q_i - q_j\|^2 = 2\,q_i \cdot q_j - \|q_j\|^2 \underbrace{{} - \|q_i\|^2}_{\text{drops out}}$$
 
@@ -2005,9 +2001,9 @@ class L2Attention(nn.Module):
 # %% [markdown]
 # **Why over $d$.** The paper divides by $\sqrt d$. For normalised tokens the squared distance to another token is about
 # $2d$ and to oneself 0, so the others start $2\sqrt d$ behind: at $d = 64$ a factor of $e^{-16}$ each. The class token
-# of section 14 then attends to itself, nothing of the image reaches the logit, and section 13 *keeps* the scale of $W_q$
-# where it began. Over $d$ the others start 2 behind. Below, the share of its attention that a token gives to itself, at
-# the paper's width, before training.
+# of section 14 then attends to itself, nothing of the image reaches the logit, and section 13 *keeps* the scale of
+# $W_q$ where it began. Over $d$ the others start 2 behind. Below, the share of its attention that a token gives to
+# itself, at the paper's width, before training.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2029,9 +2025,9 @@ def attention_to_oneself():
 # which rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens' length. That
 # limits the steepness of dot-product attention too, so the argument is weaker here than in general.
 #
-# What one patch of a real image attends to, before any training: the patch marked in red, $2P \times 2P$ as it is embedded, and its attention
-# in the L2 and in the dot-product form. L2 looks at patches that *look alike*, itself first; the dot product, which is
-# not tied, at whatever a random matrix points to.
+# What one patch of a real image attends to, before any training: the patch marked in red, $2P \times 2P$ as it is
+# embedded, and its attention in the L2 and in the dot-product form. L2 looks at patches that *look alike*, itself
+# first; the dot product, which is not tied, at whatever a random matrix points to.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2099,8 +2095,8 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 # <details><summary>Answer</summary>L2 attention's formula. The most distant patch gets it, and a token gives itself the
 # least.</details>
 #
-# **Measured here.** Dot-product attention in its place: FRD 3,364 and 3,417 against 3,297 and 3,377 (32,000 images),
-# no more than seeds differ.
+# **Measured here.** Dot-product attention in its place: FRD 3,364 and 3,417 against 3,297 and 3,377 (32,000 images), no
+# more than seeds differ.
 
 # %% [markdown]
 # <a name="isn"></a>
@@ -2114,9 +2110,9 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 #
 # At the start this changes nothing; afterwards no training changes how steep the layer is.
 #
-# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each call in training mode does
-# $v \leftarrow W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little
-# per step, so one iteration keeps up, *if it starts from the exact vectors*. $u$, $v$ and $\sigma(W_\text{init})$ are
+# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each call in training mode does $v
+# \leftarrow W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little per
+# step, so one iteration keeps up, *if it starts from the exact vectors*. $u$, $v$ and $\sigma(W_\text{init})$ are
 # buffers, so that a checkpoint holds them.
 
 
@@ -2328,8 +2324,8 @@ def test_discriminator():
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
 # **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but
-# Adam and batches of 32; one seed). Depth 6 in place of 3: 1,556 after 50,000 images, where `smoke` has 1,337 to 1,478, and it is slower (one
-# seed).
+# Adam and batches of 32; one seed). Depth 6 in place of 3: 1,556 after 50,000 images, where `smoke` has 1,337 to 1,478
+# (one seed).
 
 # %% [markdown]
 # <a name="losses"></a>
@@ -2413,9 +2409,9 @@ def test_balanced_consistency():
 #
 # **One step** trains the discriminator, then the generator, each on a batch of $B$. Here it is as a textbook prints it.
 # A `run` holds both networks, their optimizers, the images, and one thing more: the **moving average** of the
-# generator. The generator's weights $\theta$ jitter from step to step, pushed about by a discriminator that itself keeps
-# moving; their average $\bar\theta$ usually paints better (not measured here), and it paints the pictures that are kept.
-# After $k$ images, with half-life $\tau$ and batch size $B$:
+# generator. The generator's weights $\theta$ jitter from step to step, pushed about by a discriminator that itself
+# keeps moving; their average $\bar\theta$ usually paints better (not measured here), and it paints the pictures that
+# are kept. After $k$ images, with half-life $\tau$ and batch size $B$:
 #
 # $$\bar\theta \leftarrow \theta + 2^{-B/\tau_k}\,(\bar\theta - \theta), \qquad \tau_k = \min(\tau,\; 0.05\,k)$$
 #
@@ -2687,11 +2683,12 @@ def test_gelu_after_the_head_caps_the_loss():
 # <a name="muon"></a>
 # ## 17. Muon (may be skipped)
 #
-# Not from the paper: an optimizer, which `smoke` and `lesson` learn with. The singular value decomposition
-# $\nabla = USV^\top$ splits the gradient of a matrix into *directions*: $u_i v_i^\top$ pairs a direction $v_i$ of the input with the direction
-# $u_i$ of the output that it moves, and $s_i$ says how strongly. A few $s_i$ are far larger than the rest, and Adam's
-# step, which treats the matrix as so many single numbers, is mostly in these few directions too. *Muon* (Jordan et al.
-# 2024) sets the $s_i$ to about 1 and goes about equally far in every direction in which the gradient is not tiny:
+# Not from the paper: an optimizer, which `smoke` and `lesson` learn with. The singular value decomposition $\nabla =
+# USV^\top$ splits the gradient of a matrix into *directions*: $u_i v_i^\top$ pairs a direction $v_i$ of the input with
+# the direction $u_i$ of the output that it moves, and $s_i$ says how strongly. A few $s_i$ are far larger than the
+# rest, and Adam's step, which treats the matrix as so many single numbers, is mostly in these few directions too.
+# *Muon* (Jordan et al. 2024) sets the $s_i$ to about 1 and goes about equally far in every direction in which the
+# gradient is not tiny:
 #
 # $$W \leftarrow W - \eta\sqrt{\max(m, n)}\;UV^\top \qquad (W \text{ of shape } m \times n)$$
 #
@@ -2701,8 +2698,8 @@ def test_gelu_after_the_head_caps_the_loss():
 # $$X \leftarrow aX + (bA + cA^2)X,\quad A = XX^\top,\qquad a, b, c = 3.4445, -4.7750, 2.0315.$$
 #
 # $U$ and $V$ stay; every $s$ becomes $as + bs^3 + cs^5$, which lifts whatever is not tiny to between 0.7 and 1.2. For
-# $\nabla$ we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay with
-# Adam, and so do matrices with a side of 10 or less, which have too few directions.
+# $\nabla$ we take $\tfrac34$ of the newest gradient and $\tfrac14$ of a running average of those before. Vectors stay
+# with Adam, and so do matrices with a side of 10 or less, which have too few directions.
 
 
 # %%
@@ -2801,8 +2798,7 @@ class Muon:
 
 # %% [markdown]
 # How far the first step moves a matrix of the discriminator in each of its directions. Adam spends half of its step on
-# a few of them. Muon's line begins much lower and falls slowly; what is tiny in the gradient, five rounds do not lift
-# to 1.
+# a few of them. Muon's line begins much lower and falls slowly; five rounds do not lift what is tiny.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2850,9 +2846,9 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # <details><summary>Answer</summary>Muon's: the directions are not yet lifted to one length, and the step is closer to
 # the plain gradient.</details>
 #
-# **Measured here.** 128 × 3 with a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000 samples); Muon
-# 2,173, 1,614 and 1,340 (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and 3,321 against 2,771 and 2,520 (48,000 images, 96 × 2), slower; doubled:
-# 2,304 and 2,351, perhaps better.
+# **Measured here.** 128 × 3 with a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000 samples);
+# Muon 2,173, 1,614 and 1,340 (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and 3,321
+# against 2,771 and 2,520 (48,000 images, 96 × 2), slower; doubled: 2,304 and 2,351, perhaps better.
 
 # %% [markdown]
 # <a name="engine"></a>
@@ -3795,8 +3791,8 @@ def before_early_after():
 # $$\mathrm{KID} = \mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b), \qquad k(a,b) = \Bigl(\frac{a \cdot b}{d} + 1\Bigr)^3$$
 #
 # with $d$ features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a real image as
-# much as two samples resemble each other, and it is 0 on average: a measured value can lie below. Few samples only widen
-# its error; they do not shift it.
+# much as two samples resemble each other, and it is 0 on average: a measured value can lie below. Few samples only
+# widen its error; they do not shift it.
 
 
 # %%
@@ -3820,10 +3816,10 @@ def thumbnails(images: Tensor) -> Tensor:
 
 # %% [markdown]
 # The features are usually those of Inception, a large network that has to be downloaded and that knows nothing of
-# drawings. Here they are **thumbnails**: 8 × 8 colours. They see layout and colour and no detail: blocky
-# samples can score almost like real images. This KID can rank
-# runs of this notebook and be compared with nothing else. Held-out real images show what as good as real is, an
-# untrained generator what bad is. Each number is of ten lots of 100 images; behind ± stands its standard error.
+# drawings. Here they are **thumbnails**: 8 × 8 colours. They see layout and colour and no detail: blocky samples can
+# score almost like real images. This KID can rank runs of this notebook and be compared with nothing else. Held-out
+# real images show what as good as real is, an untrained generator what bad is. Each number is of ten lots of 100
+# images; behind ± stands its standard error.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3951,10 +3947,10 @@ if LIVE:
 # * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$: are samples
 #   clearly of one class, and all classes there?
 #
-# The numbers in "Measured here" are **FRD**: the formula of FID, × 100, on the features of a small network that classifies
-# CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 10,000 samples for 128 × 3 (`smoke`'s
-# size), of 2,000 for the small models, which raises it: test images have 6, the first 2,000 of them 17. Blurred ones
-# have 2,047.
+# The numbers in "Measured here" are **FRD**: the formula of FID, × 100, on the features of a small network that
+# classifies CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 10,000 samples for 128
+# × 3 (`smoke`'s size), of 2,000 for the small models, which raises it: test images have 6, the first 2,000 of them 17.
+# Blurred ones have 2,047.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3989,8 +3985,9 @@ def test_samples_follow_the_seed():
 # <a name="explore"></a>
 # ## 21. Explore
 #
-# Unless said otherwise, this shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the notebook, else the one that
-# you have just trained. Each picture is drawn anew when you let go of one of its sliders; that needs a running kernel.
+# Unless said otherwise, this shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the
+# notebook, else the one that you have just trained. Each picture is drawn anew when you let go of one of its sliders;
+# that needs a running kernel.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -4119,9 +4116,9 @@ def truncation(psi=0.5, seed=0):
 
 # %% [markdown]
 # **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
-# norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards
-# being the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had
-# 71 to 83 %, a block 4 to 20 %: most of the style comes in at the very end.
+# norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards being
+# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had 71 to
+# 83 %, a block 4 to 20 %: most of the style comes in at the very end.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4161,9 +4158,9 @@ def attention_of_a_token(image=0, row=3, column=3, block=2):
 
 # %% [markdown]
 # **Is it a copy?** Samples of your run, and held-out images, over the three training images that are nearest in 8 × 8
-# colours, mirrored ones included; above each column the distance to the first (root
-# mean square of the colours, which go from 0 to 1). A copy would be at 0. Held-out images
-# are no copies: samples that are about as far from the training images are none either.
+# colours, mirrored ones included; above each column the distance to the first (root mean square of the colours, which
+# go from 0 to 1). A copy would be at 0. Held-out images are no copies: samples that are about as far from the training
+# images are none either.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4174,10 +4171,10 @@ def nearest_training_images(seed=0):
 
 
 # %% [markdown]
-# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution. Above
-# the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Between patches nothing
-# was ever asked of it there: the number is how much larger the step from pixel to pixel is across the border of two
-# patches than inside them, 1 for no seam. With `weights/` and five seeds it was 2.8 to 3.9 at 256 pixels.
+# **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution.
+# Above the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Between patches
+# nothing was ever asked of it there: the number is how much larger the step from pixel to pixel is across the border of
+# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 2.8 to 3.9 at 256 pixels.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4197,38 +4194,37 @@ def above_the_training_resolution(seed=0):
 # <a name="found"></a>
 # ## 22. What we found
 #
-# All of it is about small models (a generator of at most a million weights, but for `lesson`'s two) and few images (32,000
-# to 550,000; `smoke` sees 200,000 in an hour on one CPU core); nothing has been trained on a GPU yet. FRD is the formula
-# of FID, × 100, on the features of a CIFAR-10 classifier, lower is better; test images have 6, blurred ones 2,047, `smoke` 873, 986 and 885 (three seeds). Every
-# table, with its command, is in `docs/experiments.md` of the repository.
+# All of it is about small models (a generator of a million weights, `lesson` two) and few images (200,000 are about an
+# hour of one core), and on a CPU. FRD is low where samples are like photographs: test images have 6, blurred ones
+# 2,047. Every table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
 # 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
 # and 5,698 against 3,297 and 3,377 in the ablations. *Slow waves in the position embedding*, half a turn for a turn:
 # ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002
-# is too slow at this length. *Muon together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to 1,147 at
-# 200,000 images, 96 × 2 with Adam 1,803 to 2,296; 128 × 3 with Adam, one seed, was no better than the small one.
+# is too slow at this length. *Grey images at the start*: the first, bad stretch of `smoke` ends after 9,000 images in
+# place of some 20,000 ([8](#patch)). *Muon together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to
+# 1,147 at 200,000 images, 96 × 2 with Adam 1,803 to 2,296.
 #
 # **What stayed within the seeds.** Two runs that differ in nothing but the seed can lie 900 apart, once 1,650. So a
-# difference counts only where all seeds agree, and a small one is a hint even then. No more than the
-# seeds do was seen from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real
-# images), the weight of bCR from 0.3 to 10, warm-up, batches of 32, cutout, mirrored images, L2 or dot-product
-# attention in the discriminator, improved, plain or no spectral normalisation. That is no proof that they are useless:
-# a longer run or a larger model may need them.
+# difference counts only where all seeds agree, and a small one is a hint even then. No more than the seeds do was seen
+# from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real images), the
+# weight of bCR from 0.3 to 10, warm-up, batches of 32, cutout, mirrored images, L2 or dot-product attention in the
+# discriminator, improved, plain or no spectral normalisation. That is no proof that they are useless: a longer run or a
+# larger model may need them.
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
-# 1,200 worse. A consistency of weight 10 squeezes the logits to within 0.05, and the generator learns all the same. At
-# 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, two
-# convolutional networks, eight times faster, comes about as far in the same minutes: 1,058 after 38, one run, where
-# `smoke` has seen about 100,000 images and has 941 to 1,116.
+# 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
+# 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, eight times faster, comes about as far in the same
+# minutes: 1,058 after 38, one run, where `smoke` has seen about 100,000 images and has 941 to 1,116.
 #
-# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. Another run
-# of `smoke` had 730 at 350,000 images and 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while
-# recall goes on from 0.31 to 0.38. One of SIREN depth 2 stood still at 808, and a falling learning rate did not help it.
-# At 50,000 images a convolutional discriminator did about as well, a deeper one no better (one seed each): that early,
-# neither alone holds it back. Fresh discriminators tell the samples from real images much sooner without DiffAugment, but training on
-# without it gained nothing in 25,000 images. What holds it back, we do not know.
+# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. Another
+# run of `smoke` had 730 at 350,000 images and 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while
+# recall goes on from 0.31 to 0.38. At 50,000 images a convolutional discriminator did about as well, a deeper one no
+# better (one seed each): that early, neither alone holds it back. Fresh discriminators tell the samples from real
+# images much sooner without DiffAugment, but training on without it gained nothing in 25,000 images. What holds it
+# back, we do not know.
 #
 # | part | paper | here | why |
 # |---|---|---|---|
@@ -4238,7 +4234,7 @@ def above_the_training_resolution(seed=0):
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` also no cutout | as published code has it; cutout within the seeds |
 # | optimizer | Adam, 0.002, batch 128 | `paper` the same; `lesson` Muon, 0.004, batch 64; `smoke` Muon, 0.004, batch 16 | `lesson` on a CPU, 100,000 images, one seed: Muon and a SIREN of depth 4 had FRD 1,303, Adam and depth 2 had 3,403 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
-# | patch decoder | SIREN | SIREN; in `smoke` and `lesson` four modulated layers | 1,358 and 1,193 for 2,771 and 2,520 at 48,000 images |
+# | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; in `smoke` and `lesson` four modulated layers | 1,358 and 1,193 for 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |
 
 
@@ -4285,33 +4281,34 @@ def above_the_training_resolution(seed=0):
 # <a name="other-networks"></a>
 # ## A. Other networks
 #
-# Two networks of the paper's experiments, and a penalty, that no profile uses. Run this section, then train with them, from a cell or by
-# flags of the same names: `train(replace(config, discriminator="stylegan2", r1=0.1, decoder="conv"))`.
+# Two networks of the paper's experiments, and a penalty, that no profile uses. Run this section, then train with them,
+# from a cell or by flags of the same names: `train(replace(config, discriminator="stylegan2", r1=0.1,
+# decoder="conv"))`.
 #
 # **`discriminator="stylegan2"`**: the paper's lowest FID on CIFAR-10, 4.57, is of its generator with the convolutional
 # discriminator of StyleGAN2 (Karras et al. 2020). Residual blocks halve the side until it is 4; before each halving
 # images are blurred, or what lies between the pixels that are kept would be lost or appear as a pattern. It has $D$
 # channels at 4 × 4 and half as many at each doubling of the side, 16 at least: 0.57 M weights for `smoke`. One feature
-# at 4 × 4, the *minibatch deviation*, is not of an image but of four: how much they differ. A generator that paints
-# one image again and again betrays itself there. Groups are of four neighbours in the batch, so that real and
-# generated images never meet in one, and each of several processes forms its own.
+# at 4 × 4, the *minibatch deviation*, is not of an image but of four: how much they differ. A generator that paints one
+# image again and again betrays itself there. Groups are of four neighbours in the batch, so that real and generated
+# images never meet in one, and each of several processes forms its own.
 #
-# **`r1`**: that discriminator has no spectral normalisation. R1 (Mescheder et al. 2018) takes its place and asks that the
-# discriminator be flat where the real images are. It works with either:
+# **`r1`**: that discriminator has no spectral normalisation. R1 (Mescheder et al. 2018) takes its place and asks that
+# the discriminator be flat where the real images are. It works with either:
 #
 # $$L_{R_1} = \frac{r_1}2\,\mathbb E\,\lVert\nabla_{\!x} D(x)\rVert^2$$
 #
-# on real images as they are, in one step of 16 with $16\,r_1$, in float32 and never compiled. Plain descent would go
-# as far as with $r_1$ in every step; Adam and Muon, whose steps do not grow with the gradient, go less far.
+# on real images as they are, in one step of 16 with $16\,r_1$, in float32 and never compiled. Plain descent would go as
+# far as with $r_1$ in every step; Adam and Muon, whose steps do not grow with the gradient, go less far.
 #
 # **`decoder="conv"`**: tokens are the pixels of a $\sqrt N \times \sqrt N$ image of $D$ channels; each stage doubles
 # the side and halves the channels, 16 at least, up to the image. Patches are not painted one by one, so neighbours can
 # fit together, and there is no other resolution to paint at.
 #
-# **Measured here**, a small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two seeds
-# each: FRD 2,517 and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the seeds; 1,406
-# and 1,480 with the convolutional decoder, after 73,000 images. That is far ahead of a SIREN of depth 2, but one of depth 4,
-# which `smoke` and `lesson` have, had 1,358 and 1,193 in the same model after 48,000.
+# **Measured here**, a small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two
+# seeds each: FRD 2,517 and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the
+# seeds; 1,406 and 1,480 with the convolutional decoder, after 73,000 images. That is far ahead of a SIREN of depth 2,
+# but one of depth 4, which `smoke` and `lesson` have, had 1,358 and 1,193 in the same model after 48,000.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4589,20 +4586,20 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 #
 # $$D(x, c) = \mathrm{head}(h) + \frac{\langle v_c, h\rangle}{\sqrt{\text{width}}}$$
 #
-# with $h$ the class token after the last norm.
-# A painted image is judged with the label that it was painted for, and these labels are drawn as frequently as they occur
-# among the real images. At the end of a run `classes.png` shows every class in a row and every $z$ in a column; `python
-# vitgan_nb.py sample --weights FOLDER --label 3` paints one class; with `CLASSES`, a slider below does too. At $\psi = 0$ all classes
-# are the one mean style: truncation takes the class away too.
+# with $h$ the class token after the last norm. A painted image is judged with the label that it was painted for, and
+# these labels are drawn as frequently as they occur among the real images. At the end of a run `classes.png` shows
+# every class in a row and every $z$ in a column; `python vitgan_nb.py sample --weights FOLDER --label 3` paints one
+# class; with `CLASSES`, a slider below does too. At $\psi = 0$ all classes are the one mean style: truncation takes the
+# class away too.
 #
 # ![ten kinds of shapes, one in each row](attachment:classes.png)
 #
-# *`python vitgan_nb.py train --profile smoke --classes --steps 4800`, built-in shapes, 76,800 images, 40 minutes on one core
-# of a CPU beside other work. A class in each row, from above: disc, ring, square, bar, triangle, diamond, cross, star,
-# crescent, half disc; a latent in each column. Down a column place and ground stay alike: the label decides what is painted,
-# $z$ where and on what. Cross, star and crescent are not told from the ring yet.*
+# *`python vitgan_nb.py train --profile smoke --classes --steps 4800`, built-in shapes, 76,800 images, 40 minutes on one
+# core of a CPU beside other work. A class in each row, from above: disc, ring, square, bar, triangle, diamond, cross,
+# star, crescent, half disc; a latent in each column. Down a column place and ground stay alike: the label decides what
+# is painted, $z$ where and on what. Cross, star and crescent are not told from the ring yet.*
 #
-# **Measured here**, as in section A: FRD 2,581 and 2,702 with classes, 2,517 and 2,202 without; within the seeds, no gain.
+# **Measured here**, as in section A: FRD 2,581 and 2,702 with classes, 2,517 and 2,202 without; within the seeds.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4687,24 +4684,22 @@ def test_every_image_is_judged_with_its_own_label():
 # | 128 | 8 | 256 | 64 | 14.5 | both |
 #
 # Nothing else has to be set. Shifts, cutouts and thumbnails are shares of the side, and the position waves begin with
-# half a turn across the image whatever the grid. The Fourier features begin with an eighth of a turn across a *patch*, so
-# a pixel of a larger patch gets slower waves: if patches of 8 look smooth, try a larger `omega_0` or `siren_depth` first.
-# Where the memory is short, lower `batch_size`.
+# half a turn across the image whatever the grid. The Fourier features begin with an eighth of a turn across a *patch*,
+# so a pixel of a larger patch gets slower waves: if patches of 8 look smooth, try a larger `omega_0`.
 #
 # ![32 samples of 64 × 64 pixels, built-in shapes](attachment:shapes64.png)
 #
-# *`python vitgan_nb.py train --profile smoke --image-size 64 --patch-size 8 --minutes 60`: built-in shapes after an hour on
-# one core of a CPU, 75,000 images. Colours and grounds are right, outlines are not yet: seams of patches show.*
+# *`python vitgan_nb.py train --profile smoke --image-size 64 --patch-size 8 --minutes 60`: built-in shapes after an
+# hour on one core of a CPU, 75,000 images. Colours and grounds are right, outlines are not yet: seams of patches show.*
 
 
 # %% [markdown]
 # <a name="speed"></a>
 # ## C. Speed, and more than one GPU
 #
-# A training step at the paper's size is 17.4 GFLOP an image. How fast the machine multiplies matrices sets the limit;
-# `python vitgan_nb.py benchmark --profile paper` prints the share of that limit that is reached. Each fast form but the
-# last gives what the textbook's form gives; `docs/experiments.md` has what each saves on a CPU (`python
-# benchmarks/side_by_side.py`):
+# A training step at the paper's size is 17.4 GFLOP an image. `python vitgan_nb.py benchmark --profile paper` prints
+# which share of the machine's matrix rate is reached. Each fast form but the last gives what the textbook's form gives;
+# `docs/experiments.md` has what each saves on a CPU (`python benchmarks/side_by_side.py`):
 #
 # | fast form | why it is the same |
 # |---|---|
