@@ -172,6 +172,7 @@ SAME = {
         "torch.autocast(self.device.type, dtype=self.dtype)",
     ): "autocast to float32 switches itself off, with a warning",
     ("Run.count", "terms[0]", "terms[1]"): "each is one number",
+    ("OneStream.__init__", "super().__init__()", "pass"): "it does nothing there",
     ("Run.record", "torch.no_grad()", ""): MEMORY,
     ("Run.samples", "torch.no_grad()", ""): MEMORY,
     ("Run.class_rows", "torch.no_grad()", ""): MEMORY,

@@ -158,3 +158,16 @@ def test_what_an_exported_generator_says_of_itself(tmp_path):
         assert told.pop("config") == vitgan_nb.json.dumps(vitgan_nb.asdict(TINY)) and told == (
             {"about": about} if about else {}
         )
+
+
+def test_r1_comes_in_one_step_of_sixteen(monkeypatch):
+    run, asked = Training(replace(TINY, r1=0.5), "cpu"), []
+
+    def penalty(discriminator, images, weight):
+        asked.append((run.step, weight))
+        return 0 * images.sum()
+
+    monkeypatch.setattr(vitgan_nb, "slope_penalty", penalty)
+    for run.step in (0, 1, 15, 16, 17):
+        run.discriminator_step()
+    assert asked == [(0, 8.0), (16, 8.0)]

@@ -103,9 +103,12 @@ def test_a_process_of_two_takes_its_share_and_sums_are_halved(one_of_two, monkey
     torch.set_rng_state(state)
     torch.rand(6, 1, 1, 1)  # which images are mirrored
     assert torch.equal(draws[0], torch.randn(6, CONFIG.latent_dim)[1::2]) and [len(z) for z in draws] == [3, 3]
-    total = torch.tensor([2.0, 6.0])
+    total, summed, all_reduce = torch.tensor([2.0, 6.0]), [], torch.distributed.all_reduce
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, *how: (summed.append(tensor), all_reduce(tensor))
+    )
     run.agree(total)
-    assert total.tolist() == [1, 3]  # the sum over the group, over two
+    assert total.tolist() == [1, 3] and summed[0] is total  # the sum over the group, over two
     run.record()
     assert agreed[1] is total and agreed[2] is run.sums
 
