@@ -1606,8 +1606,8 @@ def test_patches_to_image_undoes_cutting():
 # 2,698 and 2,631, nothing. $\omega_0$ 3 in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against
 # 1,562 after 36,000 images (one seed). One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377
 # (32,000 images): it paints mosaics. Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830
-# (two seeds); at full contrast, as in all other numbers of this notebook but those of section 22 that say so, 3,847
-# (one seed), and 2,803 after 24,000.
+# (two seeds), at full contrast 3,847 (one seed); from 25,000 on no difference was seen. All other numbers here are from
+# before.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4202,9 +4202,9 @@ def above_the_training_resolution(seed=0):
 # 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
 # and 5,698 against 3,297 and 3,377 in the ablations. *Slow waves in the position embedding*, half a turn for a turn:
 # ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002
-# is too slow at this length. *Grey images at the start*: the first, bad stretch of `smoke` ends after 9,000 images in
-# place of some 20,000 ([8](#patch)). *Muon together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to
-# 1,147 at 200,000 images, 96 × 2 with Adam 1,803 to 2,296.
+# is too slow at this length. *Grey images at the start* save the first 8,000 images or so ([8](#patch)). *Muon together
+# with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to 1,147 at 200,000 images, 96 × 2 with Adam 1,803 to
+# 2,296.
 #
 # **What stayed within the seeds.** Two runs that differ in nothing but the seed can lie 900 apart, once 1,650. So a
 # difference counts only where all seeds agree, and a small one is a hint even then. No more than the seeds do was seen

@@ -178,6 +178,11 @@ SAME = {
     ("Run.class_rows", "torch.no_grad()", ""): MEMORY,
     ("Run.samples", "64", "65"): "there are 64",
     (
+        "load_generator",
+        'kinds = weights["mapping.embedding.weight"].shape[1] if config.get("classes") else 0',
+        'kinds = weights["mapping.embedding.weight"].shape[1] if config.get("classes") else 1',
+    ): "no use of it without classes",
+    (
         "Training.discriminator_objective",
         "balanced_consistency(real_plain, real_augmented, config.bcr_real)",
         "balanced_consistency(real_augmented, real_plain, config.bcr_real)",
@@ -271,6 +276,7 @@ LEFT = {
         "15_485_863 * self.taken_back",
         "(15485863 / self.taken_back)",
     ): AS_GOOD,
+    ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
     ("Keeper.start", "self.by_time", "(not self.by_time)"): "how the bar counts",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
     ("Keeper.after_step", "self.draw()", "pass"): "the live figure, in a notebook only",

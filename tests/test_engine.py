@@ -9,7 +9,7 @@ import torch
 from conftest import TINY as FLAGS
 
 import vitgan_nb
-from vitgan_nb import TINY, Training, run_folder, save_checkpoint
+from vitgan_nb import TINY, BadInput, Training, run_folder, save_checkpoint
 
 
 def compiled_run(monkeypatch, **other) -> tuple[Training, list]:
@@ -171,3 +171,18 @@ def test_r1_comes_in_one_step_of_sixteen(monkeypatch):
     for run.step in (0, 1, 15, 16, 17):
         run.discriminator_step()
     assert asked == [(0, 8.0), (16, 8.0)]
+
+
+def test_a_generator_is_found_again_with_its_classes_or_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(BadInput, match="a.safetensors does not exist; name a .safetensors file"):
+        vitgan_nb.load_generator(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(BadInput, match=r"holds no ViTGAN generator, or no generator of this version \(.+\)"):
+        vitgan_nb.load_generator(path)
+    generator, z = vitgan_nb.Generator(replace(TINY, classes=True), 7).eval(), torch.randn(2, TINY.latent_dim)
+    vitgan_nb.save_generator(generator, path)
+    assert path.stat().st_mode & 0o777 == 0o644  # others may read it
+    found, labels = vitgan_nb.load_generator(path), torch.tensor([0, 6])
+    assert found.mapping.kinds == 7 and not found.training
+    assert torch.equal(found(z, labels=labels), generator(z, labels=labels))
