@@ -177,6 +177,13 @@ SAME = {
     ("Run.samples", "torch.no_grad()", ""): MEMORY,
     ("Run.class_rows", "torch.no_grad()", ""): MEMORY,
     ("Run.samples", "64", "65"): "there are 64",
+    ("steepness", "torch.no_grad()", ""): MEMORY,
+    ("steepness", "n.u @ (layers[name].weight @ n.v)", "(layers[name].weight @ n.v @ n.u)"): ORDER,
+    (
+        "sample",
+        "torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)",
+        "torch.autocast(device.type, dtype=dtype)",
+    ): "autocast to float32 switches itself off, with a warning",
     (
         "load_generator",
         'kinds = weights["mapping.embedding.weight"].shape[1] if config.get("classes") else 0',
@@ -277,6 +284,16 @@ LEFT = {
         "(15485863 / self.taken_back)",
     ): AS_GOOD,
     ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
+    (
+        "Keeper.start",
+        "config.minutes and not config.steps",
+        "(config.minutes or not config.steps)",
+    ): "how the bar counts",
+    (
+        "Keeper.start",
+        "bool(config.minutes and not config.steps)",
+        "bool(config.minutes and (config.steps))",
+    ): "how the bar counts",
     ("Keeper.start", "self.by_time", "(not self.by_time)"): "how the bar counts",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
     ("Keeper.after_step", "self.draw()", "pass"): "the live figure, in a notebook only",

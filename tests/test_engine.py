@@ -1,7 +1,10 @@
 """Parts of the engine by themselves, each in this process: what is compiled and what not, formats, files."""
 
 import functools
+import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -186,3 +189,63 @@ def test_a_generator_is_found_again_with_its_classes_or_refused_in_a_sentence(tm
     found, labels = vitgan_nb.load_generator(path), torch.tensor([0, 6])
     assert found.mapping.kinds == 7 and not found.training
     assert torch.equal(found(z, labels=labels), generator(z, labels=labels))
+
+
+def test_steepness_is_one_at_the_start_and_grows_with_a_weight():
+    discriminator = vitgan_nb.Discriminator(TINY)
+    start = vitgan_nb.steepness(discriminator)
+    assert len(start) > 10 and all(value == pytest.approx(1, abs=1e-4) for value in start.values())
+    discriminator.head.weight.data *= 3
+    assert vitgan_nb.steepness(discriminator) == pytest.approx(start | {"head": 3 * start["head"]})
+
+
+def test_only_the_first_process_speaks_and_writes(tmp_path, capsys):
+    run, done = Training(TINY, "cpu"), []
+    keeper = vitgan_nb.Keeper(run, tmp_path, False)
+    keeper.say("")
+    keeper.say("once")
+    assert keeper.write(done.append, 1)
+
+    def refuses():
+        raise OSError("the disk says no")
+
+    assert not keeper.write(refuses) and not keeper.write(refuses)
+    told = capsys.readouterr().out.splitlines()
+    assert (
+        len(told) == 2 and told[0] == "once" and "(the disk says no). The last checkpoint is not there yet" in told[1]
+    )
+    run.rank = 1
+    other = vitgan_nb.Keeper(run, tmp_path, False)
+    other.say("never")
+    assert not other.write(done.append, 2) and done == [1] and capsys.readouterr().out == ""
+
+
+class Board:
+    """In the place of TensorBoard's writer: what it was told."""
+
+    def __init__(self, folder, **how):
+        self.calls = [("made", folder.name, how)]
+        Board.last = self
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+def test_what_tensorboard_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    monkeypatch.setattr(vitgan_nb, "RECORD_EVERY", 2)
+    config = replace(TINY, out_dir=str(tmp_path), steps=4)
+    vitgan_nb.train(config, tensorboard=True)
+    (folder,) = tmp_path.iterdir()
+    (folder / "log.jsonl").write_text("what a later step left\n")
+    run = vitgan_nb.train(replace(config, steps=6), tensorboard=True)
+    (made, name, how), *calls = Board.last.calls
+    assert (made, name, how) == ("made", "tensorboard", {"purge_step": 4})
+    assert calls[-1] == ("close",) and calls[-2][:2] == ("add_image", "samples") and calls[-2][3:] == (6, None, "HWC")
+    told = {call[1]: call[2:] for call in calls if call[0] == "add_scalar"}
+    entry = run.history[-1]
+    for kind, names in (("loss", vitgan_nb.STATISTICS), ("logit", vitgan_nb.LOGITS)):
+        assert all(told[f"{kind}/{name}"] == (entry[name], 6) for name in names)
+    assert told["steepness/head"][1] == 6 and len(told) == 6 + len(vitgan_nb.steepness(run.discriminator))
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
