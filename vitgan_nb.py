@@ -4219,12 +4219,12 @@ def above_the_training_resolution(seed=0):
 # 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, eight times faster, comes about as far in the same
 # minutes: 1,058 after 38, one run, where `smoke` has seen about 100,000 images and has 941 to 1,116.
 #
-# **Where it ends.** Precision is there early, recall late and low: 0.22 to 0.27 where test images have 0.84. Another
-# run of `smoke` had 730 at 350,000 images and 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while
-# recall goes on from 0.31 to 0.38. At 50,000 images a convolutional discriminator did about as well, a deeper one no
-# better (one seed each): that early, neither alone holds it back. Fresh discriminators tell the samples from real
-# images much sooner without DiffAugment, but training on without it gained nothing in 25,000 images. What holds it
-# back, we do not know.
+# **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
+# and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Another run had 730 at 350,000 images and
+# 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while recall goes on from 0.31 to 0.38. At 50,000
+# images a convolutional discriminator did about as well, a deeper one no better (one seed each): that early, neither
+# alone holds it back. Fresh discriminators tell the samples from real images much sooner without DiffAugment, but
+# training on without it gained nothing in 25,000 images. What holds it back, we do not know.
 #
 # | part | paper | here | why |
 # |---|---|---|---|

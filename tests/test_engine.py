@@ -249,3 +249,56 @@ def test_what_tensorboard_is_told(tmp_path, monkeypatch):
     assert told["steepness/head"][1] == 6 and len(told) == 6 + len(vitgan_nb.steepness(run.discriminator))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
+
+
+def test_samples_are_as_many_as_asked_for_and_classes_take_turns_in_lots_too():
+    """Latents are drawn by the hundred, images of 64 × 64 painted by 25."""
+    generator = vitgan_nb.Generator(replace(TINY, classes=True, image_size=64), 3)
+    in_turn, of_one = vitgan_nb.sample(generator, 203), vitgan_nb.sample(generator, 203, label=1)
+    assert in_turn.shape == of_one.shape == (203, 3, 64, 64)
+    alike = (in_turn.int() - of_one.int()).abs().flatten(1).amax(1) <= 1  # rounding
+    assert alike.nonzero()[:, 0].tolist() == [*range(1, 203, 3)]
+
+
+def test_a_label_is_one_that_was_learned():
+    plain, generator = vitgan_nb.Generator(TINY), vitgan_nb.Generator(replace(TINY, classes=True), 3)
+    assert vitgan_nb.sample(generator, 1, label=0).shape == vitgan_nb.sample(generator, 1, label=2).shape
+    for label in (-1, 3, 1.0, True):
+        with pytest.raises(BadInput, match="label is .*, but must be from 0 to 2"):
+            vitgan_nb.sample(generator, 1, label=label)
+    for label in (0, 1):
+        with pytest.raises(BadInput, match="left out: this generator has learned no classes"):
+            vitgan_nb.sample(plain, 1, label=label)
+
+
+@pytest.mark.parametrize(
+    ("limits", "shown"),
+    [
+        ({"steps": 4}, {"total": 4, "unit": "step"}),
+        ({"steps": 4, "minutes": 2.0}, {"total": 4, "unit": "step"}),
+        ({"steps": 0, "minutes": 2.0}, {"total": 120, "unit": "s"}),
+    ],
+)
+def test_the_bar_counts_what_ends_the_run(limits, shown, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **how):
+            self.how, self.n = how, how["initial"]
+            bars.append(self)
+
+        def update(self, by):
+            self.n += by
+
+        set_postfix_str = close = lambda *_, **__: None
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    run = Training(replace(TINY, out_dir=str(tmp_path), **limits), "cpu")
+    run.step, run.seconds = 3, 119.0
+    keeper = vitgan_nb.Keeper(run, tmp_path, False)
+    keeper.start()
+    begun = 119 if shown["unit"] == "s" else 3
+    assert bars[0].how == shown | {"initial": begun, "mininterval": 10.0, "maxinterval": 30.0}
+    run.step, run.seconds = 4, 120.2
+    keeper.after_step()
+    assert bars[0].n == begun + 1
