@@ -309,7 +309,31 @@ LEFT = {
     ): AS_GOOD,
     ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
-    ("Keeper.after_step", "self.draw()", "pass"): "the live figure, in a notebook only",
+    **dict.fromkeys(
+        [
+            ("Keeper.start", "LIVE", "(not LIVE)"),
+            ("Keeper.start", "plt.ioff()", "if True"),
+            ("Keeper.start", "self.figure = plt.figure()", "pass"),
+            ("Keeper.start", "draw_progress(self.figure, run)", "pass"),
+            ("Keeper.start", "draw_progress(self.figure, run)", "draw_progress(run, self.figure)"),
+            ("Keeper.start", "self.handle = display(self.figure, display_id=True)", "pass"),
+            ("Keeper.start", "display(self.figure, display_id=True)", "display(self.figure)"),
+            ("Keeper.start", "display_id=True", "display_id=False"),
+            (
+                "Keeper.after_step",
+                "time.monotonic() - self.drawn > self.pause",
+                "(time.monotonic() - self.drawn >= self.pause)",
+            ),
+            (
+                "Keeper.after_step",
+                "time.monotonic() - self.drawn > self.pause",
+                "(time.monotonic() - self.drawn <= self.pause)",
+            ),
+            ("Keeper.after_step", "time.monotonic() - self.drawn", "(time.monotonic() + self.drawn)"),
+            ("Keeper.after_step", "self.draw()", "pass"),
+        ],
+        "the live figure, in a notebook only",
+    ),
 }
 
 OPPOSITE = {
