@@ -137,7 +137,7 @@ def test_a_checkpoint_takes_what_a_killed_one_left_and_says_what_a_disk_said(tmp
 
 def test_a_run_that_is_done_ends_well_once_more(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for told in ("Step 2,", "Nothing to do"):
+    for told in ("Step 2, 8 images,", "Nothing to do"):
         assert vitgan_nb.main(["train", *FLAGS, "--steps", "2"]) == 0
         assert told in capsys.readouterr().out
 
@@ -209,11 +209,10 @@ def test_only_the_first_process_speaks_and_writes(tmp_path, capsys):
     def refuses():
         raise OSError("the disk says no")
 
-    assert not keeper.write(refuses) and not keeper.write(refuses)
-    told = capsys.readouterr().out.splitlines()
-    assert (
-        len(told) == 2 and told[0] == "once" and "(the disk says no). The last checkpoint is not there yet" in told[1]
-    )
+    assert not keeper.write(refuses)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "once" and "(the disk says no). The last checkpoint is not there yet" in second
+    assert not keeper.write(refuses) and capsys.readouterr().out == ""  # told once
     run.rank = 1
     other = vitgan_nb.Keeper(run, tmp_path, False)
     other.say("never")
@@ -271,6 +270,23 @@ def test_a_label_is_one_that_was_learned():
             vitgan_nb.sample(plain, 1, label=label)
 
 
+class Bar:
+    """In the place of tqdm's bar: how it was made, where it stands, what it says."""
+
+    def __init__(self, **how):
+        self.how, self.n, self.told, self.closed = how, how["initial"], [], False
+        Bar.last = self
+
+    def update(self, by):
+        self.n += by
+
+    def set_postfix_str(self, told, **_):
+        self.told.append(told)
+
+    def close(self):
+        self.closed = True
+
+
 @pytest.mark.parametrize(
     ("limits", "shown"),
     [
@@ -280,25 +296,69 @@ def test_a_label_is_one_that_was_learned():
     ],
 )
 def test_the_bar_counts_what_ends_the_run(limits, shown, tmp_path, monkeypatch):
-    bars = []
-
-    class Bar:
-        def __init__(self, **how):
-            self.how, self.n = how, how["initial"]
-            bars.append(self)
-
-        def update(self, by):
-            self.n += by
-
-        set_postfix_str = close = lambda *_, **__: None
-
     monkeypatch.setattr("tqdm.auto.tqdm", Bar)
     run = Training(replace(TINY, out_dir=str(tmp_path), **limits), "cpu")
     run.step, run.seconds = 3, 119.0
     keeper = vitgan_nb.Keeper(run, tmp_path, False)
     keeper.start()
     begun = 119 if shown["unit"] == "s" else 3
-    assert bars[0].how == shown | {"initial": begun, "mininterval": 10.0, "maxinterval": 30.0}
+    assert Bar.last.how == shown | {"initial": begun, "mininterval": 10.0, "maxinterval": 30.0}
     run.step, run.seconds = 4, 120.2
     keeper.after_step()
-    assert bars[0].n == begun + 1
+    assert Bar.last.n == begun + 1
+
+
+def test_one_line_of_the_log_and_of_the_bar_for_a_record(tmp_path, monkeypatch):
+    """No record of a step that was taken back; in float16 skipped batches are counted."""
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr(vitgan_nb, "RECORD_EVERY", 2)
+    sound = iter([True, False])
+    monkeypatch.setattr(Training, "is_sound", lambda _: next(sound, True))
+    run = vitgan_nb.train(replace(TINY, out_dir=str(tmp_path)))
+    (log,) = tmp_path.glob("*/log.jsonl")
+    steps = [entry["step"] for entry in map(json.loads, log.read_text().splitlines()) if "real" in entry]
+    assert steps == [2, 4] and len(Bar.last.told) == 3  # step 2, back to 0, steps 2 and 4
+    real, fake = (run.history[-1][name] for name in ("real", "fake"))
+    assert Bar.last.told[-1] == f"logits real {real:+.2f} fake {fake:+.2f}" and Bar.last.closed
+    run.scaler, run.skipped = SimpleNamespace(is_enabled=lambda: True), torch.tensor(3.0)
+    keeper = vitgan_nb.Keeper(run, tmp_path, False)
+    keeper.bar = Bar(initial=0)
+    keeper.record()
+    assert json.loads((tmp_path / "log.jsonl").read_text())["skipped"] == 3
+    keeper.folder = tmp_path / "no such folder"
+    keeper.record()
+    assert len(Bar.last.told) == 1
+
+
+def test_only_what_was_saved_counts_as_saved(tmp_path, monkeypatch):
+    """Then a full disk is told anew, and three more take-backs are allowed; the clock starts again in any case."""
+    keeper = vitgan_nb.Keeper(Training(TINY, "cpu"), tmp_path, False)
+    for folder, saved in ((tmp_path / "file" / "folder", False), (tmp_path, True)):
+        (tmp_path / "file").write_text("no folder can be made here")
+        keeper.folder, keeper.taken_back, keeper.saved = folder, 2, 0.0
+        keeper.told = {0}
+        assert keeper.save() == saved and keeper.saved > 0
+        assert (keeper.taken_back == 0, 0 not in keeper.told) == (saved, saved)
+    keeper.first, keeper.taken_back, keeper.told = False, 2, {0}  # another process knows of no disk
+    assert not keeper.save() and keeper.taken_back == 0 and not keeper.told
+
+
+def test_a_checkpoint_abandons_those_after_it(tmp_path):
+    run = Training(TINY, "cpu")
+    (tmp_path / "checkpoint-000000007.pt").touch()
+    save_checkpoint(run, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["abandoned-000000007.pt", "checkpoint-000000000.pt"]
+
+
+def test_several_processes_save_once_when_it_is_time(tmp_path, monkeypatch):
+    """They agree at a record only, so what is due is due until it was done."""
+    monkeypatch.setattr(vitgan_nb, "RECORD_EVERY", 3)
+    monkeypatch.setattr(vitgan_nb, "CHECKPOINT_MINUTES", 0)
+    monkeypatch.setattr(Training, "any_process", lambda _, answer: answer)
+    monkeypatch.setattr(Training, "agree", lambda *_: None)
+    saved = []
+    monkeypatch.setattr(vitgan_nb.Keeper, "save", lambda keeper: saved.append(keeper.run.step) or True)
+    run = Training(replace(TINY, out_dir=str(tmp_path), steps=7), "cpu")
+    run.world = 2
+    vitgan_nb.train(run.config, resume=run)
+    assert saved == [3, 6, 7]

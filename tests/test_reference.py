@@ -535,6 +535,8 @@ def test_kid_of_thumbnails():
     assert_same(found["kid"], (lots[0] + lots[1]) / 2)
     assert_same(found["error"], abs(lots[0] - lots[1]) / 2)  # of two: √2 / 2 of the difference, over √2
     assert vitgan_nb.kid_of_thumbnails(a[:4], b)["samples"] == 4
+    with pytest.raises(vitgan_nb.BadInput, match="3 images are too few"):
+        vitgan_nb.kid_of_thumbnails(a[:3], b)
 
 
 def test_no_tensor_is_left_on_the_cpu(monkeypatch):
