@@ -229,6 +229,7 @@ SAME = {
 ANY_SMALL = "only against a division by 0: any small number serves"
 AS_GOOD = "other random numbers, as good"
 GPU = "on a GPU only"
+BOTH_NAMES = "PyTorch 2.14 takes both names"
 LEFT = {
     ("epoch_order", "seed * 1_000_003 + epoch", "(seed * 1000003 - epoch)"): AS_GOOD,
     ("epoch_order", "seed * 1_000_003", "seed * 1000004"): AS_GOOD,
@@ -262,6 +263,14 @@ LEFT = {
         "functools.partial(self.orthogonalize, quick, optimizer.each[1])",
         "functools.partial(self.orthogonalize, optimizer.each[1], quick)",
     ): GPU,
+    ("Training.__init__", "dynamic=False", "dynamic=True"): GPU,  # of Muon's products; of the objectives it is noticed
+    (
+        "Training.__init__",
+        '"forward_sync_buffers" in inspect.signature(wrap).parameters',
+        "('forward_sync_buffers' not in inspect.signature(wrap).parameters)",
+    ): BOTH_NAMES,
+    ("Training.__init__", "new", "(not new)"): BOTH_NAMES,
+    ("Run.__init__", "x.nbytes > room", "(x.nbytes >= room)"): "images that fill the memory to the last byte",
     ("Training.descend", "torch.compiler.cudagraph_mark_step_begin()", "pass"): GPU,
     ("Run.class_rows", "torch.arange(kinds, device=self.device)", "torch.arange(kinds)"): GPU,
     ("state_of", 'rng["cuda"] = torch.cuda.get_rng_state(run.device)', "pass"): GPU,
@@ -675,7 +684,7 @@ def main() -> int:
         tests = chosen(edit, recorded)
         noticed = bool(tests) and in_fork(try_edit, edit, tests) != 0
         end = "noticed" if noticed else "same" if edit.key in SAME else "missed"
-        if noticed and edit.key in SAME | LEFT:
+        if noticed and edit.key in SAME | LEFT and counts[edit.key] == 1:  # some edits look alike
             stale.append(edit.key)
         if end == "missed":
             print(f"{edit}  ({LEFT.get(edit.key, 'missed' if tests else 'no test')})", flush=True)

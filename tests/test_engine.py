@@ -295,12 +295,14 @@ class Bar:
         ({"steps": 0, "minutes": 2.0}, {"total": 120, "unit": "s"}),
     ],
 )
-def test_the_bar_counts_what_ends_the_run(limits, shown, tmp_path, monkeypatch):
+def test_the_bar_counts_what_ends_the_run_and_the_log_begins_with_what_it_knows(limits, shown, tmp_path, monkeypatch):
     monkeypatch.setattr("tqdm.auto.tqdm", Bar)
     run = Training(replace(TINY, out_dir=str(tmp_path), **limits), "cpu")
     run.step, run.seconds = 3, 119.0
     keeper = vitgan_nb.Keeper(run, tmp_path, False)
+    (tmp_path / "log.jsonl").write_text("what a later step left\n")
     keeper.start()
+    assert (tmp_path / "log.jsonl").read_text() == ""
     begun = 119 if shown["unit"] == "s" else 3
     assert Bar.last.how == shown | {"initial": begun, "mininterval": 10.0, "maxinterval": 30.0}
     run.step, run.seconds = 4, 120.2
