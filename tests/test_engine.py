@@ -288,15 +288,16 @@ class Bar:
 
 
 @pytest.mark.parametrize(
-    ("limits", "shown"),
+    ("limits", "shown", "terminal"),
     [
-        ({"steps": 4}, {"total": 4, "unit": "step"}),
-        ({"steps": 4, "minutes": 2.0}, {"total": 4, "unit": "step"}),
-        ({"steps": 0, "minutes": 2.0}, {"total": 120, "unit": "s"}),
+        ({"steps": 4}, {"total": 4, "unit": "step"}, True),
+        ({"steps": 4, "minutes": 2.0}, {"total": 4, "unit": "step"}, False),
+        ({"steps": 0, "minutes": 2.0}, {"total": 120, "unit": "s"}, False),
     ],
 )
-def test_the_bar_counts_what_ends_the_run_and_the_log_begins_with_what_it_knows(limits, shown, tmp_path, monkeypatch):
+def test_the_bar_counts_what_ends_the_run(limits, shown, terminal, tmp_path, monkeypatch):
     monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     run = Training(replace(TINY, out_dir=str(tmp_path), **limits), "cpu")
     run.step, run.seconds = 3, 119.0
     keeper = vitgan_nb.Keeper(run, tmp_path, False)
@@ -304,7 +305,7 @@ def test_the_bar_counts_what_ends_the_run_and_the_log_begins_with_what_it_knows(
     keeper.start()
     assert (tmp_path / "log.jsonl").read_text() == ""
     begun = 119 if shown["unit"] == "s" else 3
-    assert Bar.last.how == shown | {"initial": begun, "mininterval": 10.0, "maxinterval": 30.0}
+    assert Bar.last.how == shown | {"initial": begun, "mininterval": 2.0 if terminal else 10.0, "maxinterval": 30.0}
     run.step, run.seconds = 4, 120.2
     keeper.after_step()
     assert Bar.last.n == begun + 1
