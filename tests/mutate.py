@@ -340,6 +340,8 @@ LEFT = {
             ),
             ("Keeper.after_step", "time.monotonic() - self.drawn", "(time.monotonic() + self.drawn)"),
             ("Keeper.after_step", "self.draw()", "pass"),
+            ("Keeper.close", "self.draw()", "pass"),
+            ("Keeper.close", "plt.close(self.figure)", "pass"),
         ],
         "the live figure, in a notebook only",
     ),

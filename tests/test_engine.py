@@ -6,10 +6,12 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
 from conftest import TINY as FLAGS
+from PIL import Image
 
 import vitgan_nb
 from vitgan_nb import TINY, BadInput, Training, run_folder, save_checkpoint
@@ -365,3 +367,15 @@ def test_several_processes_save_once_when_it_is_time(tmp_path, monkeypatch):
     run.world = 2
     vitgan_nb.train(run.config, resume=run)
     assert saved == [3, 6, 7]
+
+
+def test_what_lies_in_the_folder_at_the_end(tmp_path):
+    run = vitgan_nb.train(replace(TINY, out_dir=str(tmp_path), steps=2, classes=True))
+    (folder,) = tmp_path.iterdir()
+    pictures = "classes.png", "progress.png", "samples-000000000.png", "samples.png", "samples.webp"
+    checkpoints = "checkpoint-000000000.pt", "checkpoint-000000002.pt"
+    left = sorted([*pictures, *checkpoints, "generator.safetensors", "log.jsonl"])
+    assert sorted(path.name for path in folder.iterdir()) == left
+    in_rows = vitgan_nb.to_grid(run.class_rows(), 10)  # ten of each class beside each other
+    with Image.open(folder / "classes.png") as image:
+        assert torch.equal(torch.from_numpy(numpy.array(image)), torch.from_numpy(in_rows))
