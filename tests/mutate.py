@@ -308,6 +308,18 @@ LEFT = {
     ): "a choice",
     (
         "Keeper.take_back",
+        "run.config.seed + 104_729 * run.step + 15_485_863 * self.taken_back",
+        "(run.config.seed + 104729 * run.step - 15485863 * self.taken_back)",
+    ): AS_GOOD,
+    (
+        "Keeper.take_back",
+        "run.config.seed + 104_729 * run.step",
+        "(run.config.seed - 104729 * run.step)",
+    ): AS_GOOD,
+    ("Keeper.take_back", "104_729 * run.step", "104730 * run.step"): AS_GOOD,
+    ("Keeper.take_back", "15_485_863 * self.taken_back", "15485864 * self.taken_back"): AS_GOOD,
+    (
+        "Keeper.take_back",
         "15_485_863 * self.taken_back",
         "(15485863 / self.taken_back)",
     ): AS_GOOD,

@@ -252,6 +252,15 @@ def test_what_tensorboard_is_told(tmp_path, monkeypatch):
     assert [line["step"] for line in lines] == [2, 4, 6]
 
 
+def test_tensorboard_is_missed_only_where_it_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    config = replace(TINY, out_dir=str(tmp_path), steps=1)
+    with pytest.raises(BadInput, match="tensorboard is not installed; run pip install tensorboard"):
+        vitgan_nb.train(config, tensorboard=True)
+    assert [*tmp_path.iterdir()] == []
+    assert vitgan_nb.train(config).step == 1
+
+
 def test_samples_are_as_many_as_asked_for_and_classes_take_turns_in_lots_too():
     """Latents are drawn by the hundred, images of 64 × 64 painted by 25."""
     generator = vitgan_nb.Generator(replace(TINY, classes=True, image_size=64), 3)
@@ -344,6 +353,8 @@ def test_only_what_was_saved_counts_as_saved(tmp_path, monkeypatch):
         keeper.told = {0}
         assert keeper.save() == saved and keeper.saved > 0
         assert (keeper.taken_back == 0, 0 not in keeper.told) == (saved, saved)
+    keeper.take_back()
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 0, "not_finite": 1}  # now, not at the end
     keeper.first, keeper.taken_back, keeper.told = False, 2, {0}  # another process knows of no disk
     assert not keeper.save() and keeper.taken_back == 0 and not keeper.told
 
