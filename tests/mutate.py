@@ -91,6 +91,7 @@ SAME = {
         "torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(n, 2)",
         "(torch.stack([angle.cos(), angle.sin()], 1) - 0.05 * torch.randn(n, 2))",
     ): "a normal number and its negative are distributed alike",
+    ("train", "run.any_process(False)", "run.any_process(True)"): "all wait; the answer is not asked for",
     ("MappingNetwork.forward", "truncation == 1", "truncation == 2"): "at 1 both branches give w, but for rounding",
     (
         "patch_centres",
@@ -329,6 +330,17 @@ LEFT = {
         "torch.randn(101, generator.config.latent_dim, generator=rng)",
     ): AS_GOOD,
     ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
+    (
+        "train",
+        'RECORD_EVERY * (5 if run.device.type == "cuda" else 1)',
+        "(RECORD_EVERY / (5 if run.device.type == 'cuda' else 1))",
+    ): GPU,
+    (
+        "train",
+        'RECORD_EVERY * (5 if run.device.type == "cuda" else 1)',
+        'RECORD_EVERY * (6 if run.device.type == "cuda" else 1)',
+    ): GPU,
+    ("train", "run.any_process(False)", "pass"): "several processes wait for each other there",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
     **dict.fromkeys(
         [
@@ -354,6 +366,10 @@ LEFT = {
             ("Keeper.after_step", "self.draw()", "pass"),
             ("Keeper.close", "self.draw()", "pass"),
             ("Keeper.close", "plt.close(self.figure)", "pass"),
+            ("train", "LIVE", "(not LIVE)"),
+            ("train", "draw_progress(plt.figure(), run)", "pass"),
+            ("train", "draw_progress(plt.figure(), run)", "draw_progress(run, plt.figure())"),
+            ("train", "plt.show()", "pass"),
         ],
         "the live figure, in a notebook only",
     ),

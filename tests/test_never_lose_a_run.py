@@ -520,7 +520,10 @@ def test_a_run_in_memory_goes_on_as_it_is_or_not_at_all(tiny):
     for change in ({"precision": "bfloat16"}, {"compile": True}, {"seed": 1}, {"data_root": "elsewhere"}):
         with pytest.raises(vitgan_nb.BadInput, match=next(iter(change))):
             train(replace(tiny, **change), resume=run)
+    with pytest.raises(vitgan_nb.BadInput, match=f"another configuration: seed {tiny.seed} ≠ 1;"):  # before ≠ now
+        train(replace(tiny, seed=1), resume=run)
     assert train(tiny, resume=run) is run and run.step == 12
+    assert run.config is run.generator.config is tiny
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
