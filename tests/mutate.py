@@ -340,6 +340,11 @@ LEFT = {
         'RECORD_EVERY * (5 if run.device.type == "cuda" else 1)',
         'RECORD_EVERY * (6 if run.device.type == "cuda" else 1)',
     ): GPU,
+    (
+        "train",
+        "before - keeper.saved > 60 * CHECKPOINT_MINUTES",
+        "(before - keeper.saved >= 60 * CHECKPOINT_MINUTES)",
+    ): "minutes that are up to the last bit of a clock",
     ("train", "run.any_process(False)", "pass"): "several processes wait for each other there",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
     **dict.fromkeys(
