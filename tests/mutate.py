@@ -614,15 +614,25 @@ class Edited:
         sys.modules["conftest"].SCRIPT = self.path  # pytest has loaded it anew
 
 
+class Limited:
+    """A plugin for pytest: a test that takes far longer than it did, as where an edit never ends, kills the process."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def pytest_runtest_setup(self, item):
+        limit = time.process_time() + 10 + 3 * self.seconds[item.nodeid]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), resource.RLIM_INFINITY))
+
+
 def without_processes(event: str, _):
     if event == "subprocess.Popen":
         pytest.skip("starts a process, whose program is not edited")
 
 
-def run_tests(source: bytes, tests: list[str], folder: Path, *more) -> int:
+def run_tests(source: bytes, tests: list[str], folder: Path, plugin, *selection: str) -> int:
     """pytest on `source` as the module vitgan_nb; its exit status."""
     signal.alarm(900)
-    resource.setrlimit(resource.RLIMIT_CPU, (600 if more else 180, 600))  # the first run of all; an edit may never end
     os.environ.pop("VITGAN_DATA", None)
     os.environ["MPLBACKEND"] = "agg"
     os.chdir(folder)
@@ -633,8 +643,8 @@ def run_tests(source: bytes, tests: list[str], folder: Path, *more) -> int:
     exec(compile(source, str(SCRIPT), "exec"), module.__dict__)
     options = ["-x", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--basetemp", str(folder / "tmp"),
                "--assert=plain", "-W", "ignore", "-o", "addopts=-q -p no:cacheprovider -m 'not slow'"]  # fmt: skip
-    plugins = [Edited(source, folder / "edited.py"), *more[2:]]
-    return pytest.main([*(str(ROOT / test) for test in tests), *options, *more[:2]], plugins=plugins)
+    plugins = [Edited(source, folder / "edited.py"), plugin]
+    return pytest.main([*(str(ROOT / test) for test in tests), *options, *selection], plugins=plugins)
 
 
 def in_fork(function, *arguments) -> int:
@@ -660,7 +670,7 @@ def record(parts: set[str], result: Path, folder: Path) -> int:
     sys.addaudithook(without_processes)
     recorder = Recorder()
     tests = TESTS["teaching"] + (TESTS["engine"] if "engine" in parts else [])
-    status = run_tests(SOURCE, tests, folder, "-k", LEFT_OUT, recorder)
+    status = run_tests(SOURCE, tests, folder, recorder, "-k", LEFT_OUT)
     shutil.copy(folder / "output", result.with_suffix(".txt"))
     tests = [test for test, end in recorder.ends.items() if end == "passed"]
     tests.sort(key=recorder.seconds.get)
@@ -669,20 +679,20 @@ def record(parts: set[str], result: Path, folder: Path) -> int:
     return int(status)
 
 
-def try_edit(edit: Edit, tests: list, folder: Path) -> int:
-    return int(run_tests(SOURCE[: edit.start] + edit.new.encode() + SOURCE[edit.end :], tests, folder))
+def try_edit(edit: Edit, tests: dict[str, float], folder: Path) -> int:
+    source = SOURCE[: edit.start] + edit.new.encode() + SOURCE[edit.end :]
+    return int(run_tests(source, [*tests], folder, Limited(tests)))
 
 
-def chosen(edit: Edit, recorded: list) -> list[str]:
-    """The fastest tests that execute a line of the edit, of SECONDS together."""
-    names, total = [], 0.0
+def chosen(edit: Edit, recorded: list) -> dict[str, float]:
+    """The fastest tests that execute a line of the edit, of SECONDS together, and how long each took."""
+    tests = {}
     for name, seconds, lines in recorded:
         if not lines.isdisjoint(edit.lines):
-            total += seconds
-            if names and total > SECONDS[edit.part]:
+            if tests and sum(tests.values()) + seconds > SECONDS[edit.part]:
                 break
-            names.append(name)
-    return names
+            tests[name] = seconds
+    return tests
 
 
 def main() -> int:
