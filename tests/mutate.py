@@ -154,6 +154,7 @@ SAME = {
     ("kid", "k(a, b)", "k(b, a)"): "the mean over all pairs",
     ("thumbnails", "images.split(1000)", "images.split(1001)"): SPEED,
     ("enough_images", "min(len(samples), len(real))", "min(len(real), len(samples))"): ORDER,
+    ("kid_of_thumbnails", "enough_images(samples, real)", "enough_images(real, samples)"): ORDER,
     (
         "ClassMapping.forward",
         "torch.arange(z.shape[0], device=z.device)",
@@ -323,11 +324,6 @@ LEFT = {
         "Keeper.take_back",
         "15_485_863 * self.taken_back",
         "(15485863 / self.taken_back)",
-    ): AS_GOOD,
-    (
-        "sample",
-        "torch.randn(100, generator.config.latent_dim, generator=rng)",
-        "torch.randn(101, generator.config.latent_dim, generator=rng)",
     ): AS_GOOD,
     ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
     (

@@ -268,6 +268,7 @@ def test_samples_are_as_many_as_asked_for_and_classes_take_turns_in_lots_too():
     assert in_turn.shape == of_one.shape == (203, 3, 64, 64)
     alike = (in_turn.int() - of_one.int()).abs().flatten(1).amax(1) <= 1  # rounding
     assert alike.nonzero()[:, 0].tolist() == [*range(1, 203, 3)]
+    assert torch.equal(in_turn[:4], vitgan_nb.sample(generator, 4, seed=0))
 
 
 def test_a_label_is_one_that_was_learned():
