@@ -343,6 +343,11 @@ LEFT = {
     ): "minutes that are up to the last bit of a clock",
     ("train", "run.any_process(False)", "pass"): "several processes wait for each other there",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
+    (
+        "Keeper.record",
+        "self.bar.set_postfix_str(f\"logits real {entry['real']:+.2f} fake {entry['fake']:+.2f}\", refresh=False)",
+        "self.bar.set_postfix_str(f\"logits real {entry['real']:+.2f} fake {entry['fake']:+.2f}\")",
+    ): "how often the bar is drawn",
     **dict.fromkeys(
         [
             ("Keeper.start", "LIVE", "(not LIVE)"),
