@@ -299,15 +299,9 @@ LEFT = {
     ): GPU,
     ("orthogonalized", "min=1e-30", "min=1.5e-30"): ANY_SMALL,
     ("orthogonalized", "min=1e-7", "min=1.5e-07"): ANY_SMALL,
-    ("load_images", "counts = 10_000, 1_000", "counts = 10_000, 1001"): "a choice",
     ("Generator.__init__", "10", "11"): "a default that all who have images replace",
     ("Discriminator.__init__", "10", "11"): "a default that all who have images replace",
     ("batch_indices", "epoch_order(n, seed, e)", "epoch_order(n, e, seed)"): AS_GOOD,
-    (
-        "run_folder",
-        "hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:6]",
-        "hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:7]",
-    ): "a choice",
     (
         "Keeper.take_back",
         "run.config.seed + 104_729 * run.step + 15_485_863 * self.taken_back",
@@ -341,6 +335,7 @@ LEFT = {
         "before - keeper.saved > 60 * CHECKPOINT_MINUTES",
         "(before - keeper.saved >= 60 * CHECKPOINT_MINUTES)",
     ): "minutes that are up to the last bit of a clock",
+    ("train", "60 * CHECKPOINT_MINUTES", "61 * CHECKPOINT_MINUTES"): "a choice",
     ("train", "run.any_process(False)", "pass"): "several processes wait for each other there",
     ("Keeper.record", "refresh=False", "refresh=True"): "how often the bar is drawn",
     (
