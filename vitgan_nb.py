@@ -4216,9 +4216,9 @@ def above_the_training_resolution(seed=0):
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
 # 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
-# 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, is behind after 15 minutes of one
-# core, FRD 1,546 and 1,471 for 1,134 and 1,295, but ahead after 30: 909 and 989 for 1,067 and 1,226, with recall 0.28
-# and 0.27 for 0.16 and 0.14.
+# 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, has more variety after 30 minutes
+# of one core: recall 0.28 and 0.27 for 0.16 and 0.14. Its FRD is behind after 15, 1,546 and 1,471 for 1,134 and 1,295,
+# and after 30 a little ahead, 909 and 989 for 1,067 and 1,226.
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
 # and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Another run had 730 at 350,000 images and

@@ -345,11 +345,11 @@ def test_one_line_of_the_log_and_of_the_bar_for_a_record(tmp_path, monkeypatch):
     assert len(Bar.last.told) == 1
 
 
-def test_only_what_was_saved_counts_as_saved(tmp_path, monkeypatch):
+def test_only_what_was_saved_counts_as_saved(tmp_path):
     """Then a full disk is told anew, and three more take-backs are allowed; the clock starts again in any case."""
     keeper = vitgan_nb.Keeper(Training(TINY, "cpu"), tmp_path, False)
+    (tmp_path / "file").write_text("no folder can be made here")
     for folder, saved in ((tmp_path / "file" / "folder", False), (tmp_path, True)):
-        (tmp_path / "file").write_text("no folder can be made here")
         keeper.folder, keeper.taken_back, keeper.saved = folder, 2, 0.0
         keeper.told = {0}
         assert keeper.save() == saved and keeper.saved > 0
