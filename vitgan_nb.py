@@ -4211,8 +4211,8 @@ def above_the_training_resolution(seed=0):
 # from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real images), the
 # weight of bCR from 0.3 to 10, warm-up, batches of 32, cutout, mirrored images, L2 or dot-product attention in the
 # discriminator, improved, plain or no spectral normalisation. That is no proof that they are useless: a longer run or a
-# larger model may need them. Cheaper steps did not help either: fewer heads, a narrower SIREN, two blocks of 96, bCR in
-# every fourth step pass up to 2.3 times as many images a minute, and after 15 minutes FRD is as it was.
+# larger model may need them. Nor did cheaper steps help (mostly one seed): fewer heads and a narrower SIREN, two blocks
+# of 96, less bCR pass up to 2.3 times as many images a minute, and after 15 minutes FRD is much the same.
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
@@ -4310,7 +4310,7 @@ def above_the_training_resolution(seed=0):
 # **Measured here**, a small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two
 # seeds each: FRD 2,517 and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the
 # seeds; 1,406 and 1,480 with the convolutional decoder, after 73,000 images. That is far ahead of a SIREN of depth 2,
-# but behind one of depth 4: in `smoke`, after 15 minutes, 1,768 (one seed) for 1,134 and 1,295.
+# but behind one of depth 4, which starts grey: in `smoke`, after 15 minutes, 1,768 (one seed) for 1,134 and 1,295.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
