@@ -1871,7 +1871,7 @@ def test_diff_augment():
 # **Measured here.** Without DiffAugment in the adversarial losses: FRD 4,230 and 4,654 against 3,297 and 3,377 (32,000
 # images), worse with both seeds; with cutout beside colour and translation 2,974 and 2,678 against 2,771 and 2,520
 # (48,000), within the seeds. A surprise: the same generated images, shifted anew, give the generator gradients that
-# agree about as little as those of other images. But less noise (each image shifted four times, or not at all in the
+# agree about as little as those of other images. But less noise (each image augmented four times, or not shifted in the
 # generator's half) was no better (one seed; `docs/experiments.md`, *Noise in the gradients*).
 
 # %% [markdown]

@@ -11,6 +11,7 @@ For each checkpoint of a run one line of JSON, of the weights that are matrices:
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -55,11 +56,12 @@ def measure(path: Path, batches: int) -> dict:
 
     def discriminator_objective() -> tuple[Tensor, ...]:
         indices = torch.randint(len(run.images), (config.batch_size,))
-        return run.discriminator_objective(v.real_batch(run.images, indices))
+        return run.discriminator_objective(v.real_batch(run.images, indices), **run.labels_of(indices))
 
     line = {"signal_d": signal(gradients(run.discriminator, discriminator_objective, batches))}
     run.discriminator.requires_grad_(False)
-    z, variance = run.latents(config.batch_size), {}
+    z, y, variance = run.latents(config.batch_size), run.random_labels(config.batch_size), {}
+    fixed = {"latents": lambda n: z, "random_labels": lambda n: y}
     for name, same, augment in (
         ("all new", False, config.augment),
         ("augmented anew", True, config.augment),
@@ -68,7 +70,7 @@ def measure(path: Path, batches: int) -> dict:
         ("latents anew, not augmented", False, ""),
     ):
         run.config = replace(config, augment=augment)
-        with mock.patch.object(run, "latents", (lambda n: z) if same else run.latents):
+        with mock.patch.multiple(run, **fixed) if same else contextlib.nullcontext():
             rows = gradients(run.generator, run.generator_objective, batches)
         variance[name] = rows.var(0).sum().item()
         if name == "all new":
@@ -104,6 +106,8 @@ def main():
     parser.add_argument("--batches", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    if flags.batches < 2:
+        raise v.BadInput(f"--batches is {flags.batches}, but must be at least 2: noise is what differs between them.")
     for path in flags.checkpoints:
         torch.manual_seed(flags.seed)
         print(json.dumps({"checkpoint": str(path)} | rounded(measure(path, flags.batches))), flush=True)

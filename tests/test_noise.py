@@ -43,8 +43,9 @@ def test_moved_is_the_length_of_the_change_over_that_of_the_weights():
     assert lengths == {"generator.blocks": pytest.approx(1 / 5)}
 
 
-def test_a_run_is_taken_apart(tmp_path):
-    config = replace(v.TINY, augment="", out_dir=str(tmp_path))
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_run_is_taken_apart(classes, tmp_path):
+    config = replace(v.TINY, augment="", classes=classes, out_dir=str(tmp_path))
     v.train(config)
     line = noise.measure(v.checkpoints(v.run_folder(config))[0], batches=4)
     variance = line["variance_g"]
@@ -57,3 +58,9 @@ def test_a_run_is_taken_apart(tmp_path):
 def test_a_file_that_is_no_checkpoint_gets_a_sentence(tmp_path):
     with pytest.raises(v.BadInput, match="does not exist"):
         noise.measure(tmp_path / "checkpoint-000000001.pt", batches=2)
+
+
+def test_one_batch_cannot_differ_and_gets_a_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["noise.py", "checkpoint-000000001.pt", "--batches", "1"])
+    with pytest.raises(v.BadInput, match="--batches is 1, but must be at least 2"):
+        noise.main()
