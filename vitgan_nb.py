@@ -408,7 +408,7 @@ if LIVE:
 #
 # The images come from **CIFAR-10** (50,000 photographs of 32 × 32 pixels in ten classes, and 10,000 held out), from **a
 # folder** of yours (the largest square in the middle, scaled to `image_size`), or are **shapes**: ten kinds of coloured
-# drawings, made here from a seed. Shapes need no download, and a small model shows something within a minute or two.
+# drawings, made here from a seed. Shapes need no download, and a small model shows something within minutes.
 #
 # Whichever it is, they are one tensor of `uint8`; a folder's lies in a file, which may be larger than the memory. A
 # batch is cut out of it and becomes float only then, in $[-1, 1]$; half of the images are mirrored, which doubles the
@@ -728,7 +728,7 @@ def test_batches_visit_every_image_once_per_epoch():
 
 
 # %% [markdown]
-# **Wrong in published code.** A ViTGAN feeds its discriminator real images in $[0, 1]$ (its `Normalize(0, 1)` does
+# **Wrong in published code.** One port feeds its discriminator real images in $[0, 1]$ (its `Normalize(0, 1)` does
 # nothing) while the generator's output is free and is shown as $[-1, 1]$. The generator then learns to paint hardly
 # anything darker than mid grey: [section 16](#break) shows it.
 #
@@ -928,9 +928,9 @@ def test_the_game_gives_each_player_its_own_turn():
 # <a name="style"></a>
 # ## 4. Style: equalized layers and the mapping network
 #
-# The generator is built from here to section 9. Its input is the latent, $z \sim \mathcal N(0, I)$: a ball in which
+# The generator is built from here to section 9. Its input is the latent, $z \sim \mathcal N(0, I)$: a cloud in which
 # every direction is alike. Images are not like that: some combinations hardly occur. A **mapping network** bends the
-# ball first, and what comes out is the **style** $w$ (Karras et al. 2019):
+# cloud first, and what comes out is the **style** $w$ (Karras et al. 2019):
 #
 # $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
 #
@@ -945,8 +945,8 @@ def test_the_game_gives_each_player_its_own_turn():
 #
 # Inputs $x$ of size 1 give outputs $o$ of size 1 at any width, and a step changes the weights of every layer by the
 # same *share*. With $m = 0.01$ a layer starts the same and learns 100 times slower: so does the mapping network. In a
-# run as short as `smoke`'s that is hardly at all: after 189,000 images it had changed by 0.8 %, the generator's blocks
-# by 52 %. All linear layers below are of this kind.
+# run as short as `smoke`'s that is hardly at all: after 39,500 images it had changed by 0.3 %, the generator's blocks
+# by 27 %. All linear layers below are of this kind.
 
 
 # %%
@@ -1155,7 +1155,7 @@ def test_fourier_features_tell_pixels_apart():
 #
 # **Measured here.** A position embedding that starts with half a turn in place of a whole one: FRD 1,427 and 1,250
 # against 1,716 and 1,562 after 36,000 images, better with both. A quarter of a turn: 1,522 against 1,250. With a whole
-# turn, 1,562, Fourier features that start four times faster: 2,755; four times slower: 1,561 (one seed each).
+# turn (1,562), Fourier features four times faster at the start: 2,755; slower: 1,561 (one seed each).
 
 # %% [markdown]
 # <a name="sln"></a>
@@ -1405,19 +1405,19 @@ def test_generator_block_is_its_two_equations():
 class ModulatedLinear(nn.Module):
     """A linear layer whose weights are modulated by a vector per patch (Karras et al. 2020, Section 2.2).
 
-    `x` of shape (B, N, M, in_features), or broadcastable to it, and `style` of shape (B, N, style_dim) give
+    `x` of shape (B, N, M, in_features), or broadcastable to it, and `y` of shape (B, N, y_dim) give
     (B, N, M, out_features): M pixels in each of N patches.
     """
 
-    def __init__(self, in_features: int, out_features: int, style_dim: int, demodulate: bool = False):
+    def __init__(self, in_features: int, out_features: int, y_dim: int, demodulate: bool = False):
         super().__init__()
         self.linear = EqualizedLinear(in_features, out_features)
-        self.scale = EqualizedLinear(style_dim, in_features)  # from style_dim to in_features
+        self.scale = EqualizedLinear(y_dim, in_features)  # from y_dim to in_features
         nn.init.ones_(self.scale.bias)  # modulate around 1
         self.demodulate = demodulate
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        s = self.scale(style)[:, :, None]  # (B, N, 1, in)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        s = self.scale(y)[:, :, None]  # (B, N, 1, in)
         if not self.demodulate:
             return self.linear(x * s)  # (B, N, M, out)
         w = self.linear.weight * self.linear.weight_gain  # (out, in)
@@ -1432,14 +1432,14 @@ class ModulatedLinear(nn.Module):
 def test_modulated_linear_is_one_matrix_per_patch():
     """Weight modulation: equals one explicit W' or W'' per patch, pixel by pixel"""
     for demodulate in (False, True):
-        layer, x, style = ModulatedLinear(6, 5, 7, demodulate), torch.randn(2, 3, 4, 6), torch.randn(2, 3, 7)
+        layer, x, y = ModulatedLinear(6, 5, 7, demodulate), torch.randn(2, 3, 4, 6), torch.randn(2, 3, 7)
         nn.init.normal_(layer.linear.bias)
         for at in itertools.product(range(2), range(3)):  # (image, patch)
-            w = layer.linear.weight * layer.linear.weight_gain * layer.scale(style[at])  # W', (out, in): columns scaled
+            w = layer.linear.weight * layer.linear.weight_gain * layer.scale(y[at])  # W', (out, in): columns scaled
             if demodulate:
                 w = w / (w.square().sum(1, keepdim=True) + 1e-8).sqrt()
             for pixel in range(4):
-                torch.testing.assert_close(layer(x, style)[at][pixel], w @ x[at][pixel] + layer.linear.bias)
+                torch.testing.assert_close(layer(x, y)[at][pixel], w @ x[at][pixel] + layer.linear.bias)
 
 
 # %% [markdown]
@@ -1448,7 +1448,7 @@ def test_modulated_linear_is_one_matrix_per_patch():
 #
 # $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr),\; k = 1, \dots, K-1, \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
 #
-# $\omega_0$ multiplies what goes into every sine: the larger it is, the faster colours can change within a patch. The
+# $\omega_0$ multiplies what enters these sines: the larger it is, the faster colours can change within a patch. The
 # colour has no activation: training keeps it near $[-1, 1]$, and only showing clips it. The weights of the layer to RGB
 # begin at a tenth of the usual size, so that all images begin near grey. This is ours, not the paper's: what random
 # weights paint at full contrast has to be unlearned first.
@@ -1458,15 +1458,15 @@ def test_modulated_linear_is_one_matrix_per_patch():
 class Siren(nn.Module):
     """Paints the pixels of each patch from the patch's vector (Lee et al. 2022, "Implicit Neural Representation for Patch Generation").
 
-    `y` of shape (B, N, style_dim) and positions `v` of shape (M, 2) in [-1, 1] give colours (B, N, M, 3). `depth`
+    `y` of shape (B, N, y_dim) and positions `v` of shape (M, 2) in [-1, 1] give colours (B, N, M, 3). `depth`
     counts the modulated layers, the one to RGB included.
     """
 
-    def __init__(self, style_dim: int, dim: int, depth: int, omega_0: float, demodulate: bool):
+    def __init__(self, y_dim: int, dim: int, depth: int, omega_0: float, demodulate: bool):
         super().__init__()
         self.fourier = FourierFeatures(dim)
-        self.layers = nn.ModuleList(ModulatedLinear(dim, dim, style_dim, demodulate) for _ in range(depth - 1))
-        self.rgb = ModulatedLinear(dim, 3, style_dim)
+        self.layers = nn.ModuleList(ModulatedLinear(dim, dim, y_dim, demodulate) for _ in range(depth - 1))
+        self.rgb = ModulatedLinear(dim, 3, y_dim)
         nn.init.normal_(self.rgb.linear.weight, std=0.1)  # images begin near grey
         self.omega_0 = omega_0
 
@@ -1636,9 +1636,9 @@ class ClassMapping(MappingNetwork):
         self.kinds, self.embedding = kinds, ClassEmbedding(kinds, latent_dim)
 
     def forward(self, z: Tensor, truncation: float = 1.0, labels: Tensor | None = None) -> Tensor:
-        y = self.embedding(torch.arange(z.shape[0], device=z.device) % self.kinds if labels is None else labels)
-        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
-        return super().forward(torch.cat([z, y], 1), truncation)  # (B, w_dim)
+        e = self.embedding(torch.arange(z.shape[0], device=z.device) % self.kinds if labels is None else labels)
+        e = e * torch.rsqrt(e.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
+        return super().forward(torch.cat([z, e], 1), truncation)  # (B, w_dim)
 
 
 class Projection(ClassEmbedding):
@@ -1678,9 +1678,9 @@ class Generator(nn.Module):
         else:
             self.siren = Siren(dim, config.siren_dim, config.siren_depth, config.omega_0, config.demodulate)
 
-    def forward(self, z: Tensor, truncation: float = 1.0, **y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, truncation: float = 1.0, **c: Tensor) -> Tensor:
         """Latents `z` (B, latent_dim) -> images (B, 3, H, W), about [-1, 1]; all else is for the mapping network."""
-        return self.paint(self.mapping(z, truncation, **y), self.config.patch_size)  # (B, 3, H, W)
+        return self.paint(self.mapping(z, truncation, **c), self.config.patch_size)  # (B, 3, H, W)
 
     def tokens(self, w: Tensor) -> Tensor:
         """Styles (B, D) -> one vector for each patch, (B, N, D)."""
@@ -2229,8 +2229,8 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # the vectors kept outside `state_dict`; weights wrapped anew, so that the optimizer owns them no longer.
 #
 # **Exercise.** Return `weight / sigma`, plain spectral normalisation. Which ✓ fails?
-# <details><summary>Answer</summary>The first of this section: the layer is no longer itself at the start. The second
-# passes: σ is held here too, only at 1.</details>
+# <details><summary>Answer</summary>The first of this section, and section B's: a layer is no longer itself at the start. The
+# second passes: σ is held here too, only at 1.</details>
 #
 # **Measured here.** Plain spectral normalisation in its place: FRD 3,493 and 3,575; none: 3,477 and 3,295; as it is
 # 3,297 and 3,377 (32,000 images): no more than seeds differ.
@@ -2415,10 +2415,10 @@ def test_balanced_consistency():
 #
 # $$\bar\theta \leftarrow \theta + 2^{-B/\tau_k}\,(\bar\theta - \theta), \qquad \tau_k = \min(\tau,\; 0.05\,k)$$
 #
-# The second formula is a warm-up: early on, when the generator improves fast, the average must not drag the past along
+# The second formula is a ramp-up: early on, when the generator improves fast, the average must not drag the past along
 # (Karras et al. 2020a).
 #
-# In the code below `run.latents(n)` draws $z$, and `run.count` adds up losses for the log; labels (`y`) and R1, of
+# In the code below `run.latents(n)` draws $z$, and `run.count` adds up losses for the log; labels (`c`) and R1, of
 # sections B and A, are off.
 
 
@@ -2498,12 +2498,12 @@ class Run:
         z = self.fixed_z[:32].to(self.device)
         with self.autocast():
             real = (to_float(part[:32].to(self.device)) for part in (self.images, self.held_out))
-            images, y = [*real, self.generator.eval()(z).float()], [{}] * 3
+            images, c = [*real, self.generator.eval()(z).float()], [{}] * 3
             if self.labels:
                 in_turn = torch.arange(len(z), device=self.device) % self.generator.mapping.kinds
-                y = [{"labels": each} for each in (*(its[:32] for its in self.labels), in_turn)]
+                c = [{"labels": each} for each in (*(its[:32] for its in self.labels), in_turn)]
             d = self.discriminator.eval()  # on each kind apart, for section A's looks at four images together
-            logits = [d(x, **its).float() for x, its in zip(images, y, strict=True)]
+            logits = [d(x, **its).float() for x, its in zip(images, c, strict=True)]
         self.generator.train()
         self.discriminator.train()
         values = torch.stack([*(self.sums[:-1] / self.sums[-1]), *(part.mean() for part in logits)]).tolist()
@@ -2535,24 +2535,24 @@ def plain_step(run: Run):
     """One step of both networks of `run`, as a textbook writes it."""
     config, g, d, batch = run.config, run.generator, run.discriminator, run.config.batch_size
     indices = batch_indices(len(run.images), batch, run.step, config.seed)  # (B,)
-    real, real_y = real_batch(run.images, indices, run.device), run.labels_of(indices)  # (B, 3, H, W); y: section B
+    real, real_c = real_batch(run.images, indices, run.device), run.labels_of(indices)  # (B, 3, H, W); c: section B
 
-    z, fake_y = run.latents(batch), run.random_labels(batch)
-    fake = g(z, **fake_y).detach()  # (B, 3, H, W); the generator learns nothing from this half
+    z, fake_c = run.latents(batch), run.random_labels(batch)
+    fake = g(z, **fake_c).detach()  # (B, 3, H, W); the generator learns nothing from this half
     real_t, fake_t = diff_augment(real, config.augment), diff_augment(fake, config.augment)
-    d_real_t, d_fake_t = d(real_t, **real_y), d(fake_t, **fake_y)  # (B,) each
+    d_real_t, d_fake_t = d(real_t, **real_c), d(fake_t, **fake_c)  # (B,) each
     loss_d = discriminator_loss(d_real_t, d_fake_t)
-    consistency = balanced_consistency(d(real, **real_y), d_real_t, config.bcr_real)
-    consistency = consistency + balanced_consistency(d(fake, **fake_y), d_fake_t, config.bcr_fake)
+    consistency = balanced_consistency(d(real, **real_c), d_real_t, config.bcr_real)
+    consistency = consistency + balanced_consistency(d(fake, **fake_c), d_fake_t, config.bcr_fake)
     if config.r1 and run.step % R1_EVERY == 0:  # section A; off in every profile
-        consistency = consistency + slope_penalty(d, real, R1_EVERY * config.r1, **real_y)
+        consistency = consistency + slope_penalty(d, real, R1_EVERY * config.r1, **real_c)
     run.optimizer_d.zero_grad()
     (loss_d + consistency).backward()
     run.optimizer_d.step()
 
     d.eval()  # σ is followed in the discriminator's own half only
-    z, y = run.latents(batch), run.random_labels(batch)
-    loss_g = generator_loss(d(diff_augment(g(z, **y), config.augment), **y))
+    z, c = run.latents(batch), run.random_labels(batch)
+    loss_g = generator_loss(d(diff_augment(g(z, **c), config.augment), **c))
     d.train()
     run.optimizer_g.zero_grad()
     loss_g.backward()
@@ -2591,8 +2591,8 @@ def test_moving_average():
 
 # %% [markdown]
 # **A first run of a minute**, with nothing but this step: a small model on small drawings, and, beside the sound one,
-# two with faults of published code and one that is starved of data and left without its regularisation. `False` leaves
-# one out. After 200 steps not even the sound one paints shapes: compare the curves, and how pale the samples are.
+# two with faults of published code and one that is left without its regularisation. `False` leaves one out. After 200
+# steps not even the sound one paints shapes: compare the curves, and how pale the samples are.
 #
 # <a name="break"></a>
 # **Break it.**
@@ -2601,7 +2601,7 @@ def test_moving_average():
 # |---|---|---|
 # | *fake* never falls below −0.17; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
-# | *real* and *fake* lie far apart, the generator's loss is several times the sound run's | 64 images, neither DiffAugment nor bCR | [10](#diffaugment), [15](#losses) |
+# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR | [10](#diffaugment), [15](#losses) |
 
 
 # %%
@@ -2615,13 +2615,12 @@ def real_images_from_zero_to_one(run: Run):
     run.images, run.held_out = ((images.int() // 2 + 128).to(torch.uint8) for images in (run.images, run.held_out))
 
 
-def few_images_and_nothing_against_it(run: Run):
-    """64 images, without DiffAugment and bCR."""
-    run.images = run.images[:64]
+def neither_diffaugment_nor_bcr(run: Run):
+    """The discriminator is left without its regularisation."""
     run.config = replace(run.config, augment="", bcr_real=0.0, bcr_fake=0.0)
 
 
-FAULTS = {gelu_after_the_head: True, real_images_from_zero_to_one: True, few_images_and_nothing_against_it: True}
+FAULTS = {gelu_after_the_head: True, real_images_from_zero_to_one: True, neither_diffaugment_nor_bcr: True}
 
 
 def train_small(fault: Callable | None = None, steps: int = 200) -> Run:
@@ -2676,8 +2675,8 @@ def test_gelu_after_the_head_caps_the_loss():
 # <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets gradients that
 # its own `zero_grad` throws away.</details>
 #
-# **Measured here.** Averages of other half-lives beside one run: 1.25, 2.5, 5, 10, 20 and 40 % of the images seen gave
-# FRD 989, 942, 935, 950, 1,052 and 1,293 after 200,000 images (one seed).
+# **Measured here.** Other half-lives, in one run of `smoke`'s size: 1.25, 2.5, 5, 10, 20 and 40 % of the images seen
+# gave FRD 989, 942, 935, 950, 1,052 and 1,293 after 200,000 images (one seed).
 
 # %% [markdown]
 # <a name="muon"></a>
@@ -2846,9 +2845,9 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # <details><summary>Answer</summary>Muon's: the directions are not yet lifted to one length, and the step is closer to
 # the plain gradient.</details>
 #
-# **Measured here.** 128 × 3 with a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000 samples);
-# Muon 2,173, 1,614 and 1,340 (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and 3,321
-# against 2,771 and 2,520 (48,000 images, 96 × 2), slower; doubled: 2,304 and 2,351, perhaps better.
+# **Measured here.** `smoke`'s size with a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000
+# samples); Muon 2,173, 1,614 and 1,340 (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and
+# 3,321 against 2,771 and 2,520 (48,000 images, the small model), slower; doubled: 2,304 and 2,351, perhaps better.
 
 # %% [markdown]
 # <a name="engine"></a>
@@ -2977,17 +2976,17 @@ class Training(Run):
             if not self.rank:
                 torch.distributed.barrier()
 
-    def discriminator_objective(self, real: Tensor, **real_y: Tensor) -> tuple[Tensor, Tensor]:
+    def discriminator_objective(self, real: Tensor, **real_c: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and consistency of the discriminator for real images (B, 3, H, W), their labels, and as many new fakes."""
         config = self.config
         with torch.no_grad(), self.autocast():
-            z, fake_y = self.latents(len(real)), self.random_labels(len(real))
-            fake = self.generator(z, **fake_y).float()  # (B, 3, H, W)
+            z, fake_c = self.latents(len(real)), self.random_labels(len(real))
+            fake = self.generator(z, **fake_c).float()  # (B, 3, H, W)
         plain = torch.cat([real, fake])  # (2B, 3, H, W)
         augmented = diff_augment(plain, config.augment)  # (2B, 3, H, W)
-        y = {name: torch.cat([real_y[name], fake_y[name]] * 2) for name in fake_y}  # (4B,)
+        c = {name: torch.cat([real_c[name], fake_c[name]] * 2) for name in fake_c}  # (4B,)
         with self.autocast():
-            logits = self.synced_d(torch.cat([plain, augmented]), **y).float()  # (4B,)
+            logits = self.synced_d(torch.cat([plain, augmented]), **c).float()  # (4B,)
         real_plain, fake_plain, real_augmented, fake_augmented = logits.chunk(4)  # (B,) each
         loss = discriminator_loss(real_augmented, fake_augmented)
         consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)
@@ -2997,9 +2996,9 @@ class Training(Run):
         """Loss of the generator for a new batch."""
         with self.autocast():
             n = self.config.batch_size // self.world
-            z, y = self.latents(n), self.random_labels(n)
-            fake = self.synced_g(z, **y)  # (B, 3, H, W)
-            return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment), **y).float()),)
+            z, c = self.latents(n), self.random_labels(n)
+            fake = self.synced_g(z, **c)  # (B, 3, H, W)
+            return (generator_loss(self.discriminator(diff_augment(fake.float(), self.config.augment), **c).float()),)
 
     def descend(
         self,
@@ -3007,7 +3006,7 @@ class Training(Run):
         optimizer: torch.optim.Optimizer | Muon,
         *inputs: Tensor,
         more: Callable | None = None,
-        **y: Tensor,
+        **c: Tensor,
     ) -> list[Tensor]:
         """One step of `optimizer` down the gradient of the sum of what `objective` gives for its inputs; returns that.
 
@@ -3017,9 +3016,9 @@ class Training(Run):
         name = objective.__name__
         torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned may be overwritten
         try:
-            terms = self.quick.get(name, objective)(*inputs, **y)
+            terms = self.quick.get(name, objective)(*inputs, **c)
             if more:
-                terms = [*terms[:-1], terms[-1] + more(*inputs, **y)]
+                terms = [*terms[:-1], terms[-1] + more(*inputs, **c)]
             self.scaler.scale(sum(terms)).backward()
         except Exception as error:  # a compiler fails in many ways
             if name not in self.quick or no_memory(error):
@@ -3027,7 +3026,7 @@ class Training(Run):
             self.tell_not_compiled(name, error)
             del self.quick[name]
             optimizer.zero_grad()
-            return self.descend(objective, optimizer, *inputs, more=more, **y)
+            return self.descend(objective, optimizer, *inputs, more=more, **c)
         terms = [term.detach().clone() for term in terms]
         self.scaler.step(optimizer)
         optimizer.zero_grad()
@@ -3058,8 +3057,8 @@ class Training(Run):
         penalty = None
         if config.r1 and self.step % R1_EVERY == 0:  # as in the plain step, in float32
             penalty = functools.partial(slope_penalty, self.discriminator, weight=R1_EVERY * config.r1)
-        real, y = real_batch(self.images, indices, self.device), self.labels_of(indices)
-        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty, **y)
+        real, c = real_batch(self.images, indices, self.device), self.labels_of(indices)
+        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty, **c)
 
     def generator_step(self) -> list[Tensor]:
         """One step of the generator and of its average. Returns the loss."""
@@ -3261,8 +3260,8 @@ def save_program(generator: Generator, path: Path, truncation: float = 1.0, abou
             self.generator = generator
 
         def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-            y = {} if labels is None else {"labels": labels}
-            return self.generator(z, truncation, **y)  # (B, 3, H, W)
+            c = {} if labels is None else {"labels": labels}
+            return self.generator(z, truncation, **c)  # (B, 3, H, W)
 
     inputs, content = {"z": torch.zeros(2, generator.config.latent_dim)}, io.BytesIO()
     if generator.config.classes:
@@ -3850,8 +3849,8 @@ def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0,
             z = torch.randn(100, generator.config.latent_dim, generator=rng)[: n - start]
             labels = torch.tensor([start + k if label is None else label for k in range(len(z))])
             for part in torch.arange(len(z)).split(lot):
-                y = {"labels": (labels[part] % kinds).to(device)} if kinds else {}
-                images.append(to_uint8(generator(z[part].to(device), truncation, **y)).cpu())
+                c = {"labels": (labels[part] % kinds).to(device)} if kinds else {}
+                images.append(to_uint8(generator(z[part].to(device), truncation, **c)).cpu())
     generator.train(training)
     return torch.cat(images)
 
@@ -4149,8 +4148,8 @@ def attention_of_a_token(image=0, row=3, column=3, block=2):
     g, d, token = run.average.module, run.discriminator.eval(), row * config.grid + column
     z, real = latents(g, 1, image), to_float(held_out_images[[image]]).to(run.device)
     painted, in_g = caught(g, z, g.blocks[block - 1].attention)  # (1, 3, H, W), (N, N)
-    y = {"labels": run.labels[1][[image]]} if run.labels else {}  # section B
-    _, in_d = caught(functools.partial(d, **y), real, d.blocks[block - 1].attention)  # the class token comes first
+    c = {"labels": run.labels[1][[image]]} if run.labels else {}  # section B
+    _, in_d = caught(functools.partial(d, **c), real, d.blocks[block - 1].attention)  # the class token comes first
     maps = {"generator": in_g[token], "discriminator": in_d[1 + token, 1:], "its class token": in_d[0, 1:]}
     show_attention(painted, real, maps, token)
     d.train()
@@ -4200,26 +4199,27 @@ def above_the_training_resolution(seed=0):
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
 # 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
-# and 5,698 against 3,297 and 3,377 in the ablations. *Slow waves in the position embedding*, half a turn for a turn:
+# and 5,698 against 3,297 and 3,377, at 32,000. *Slow waves in the position embedding*, half a turn against a whole one:
 # ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002
 # is too slow at this length. *Grey images at the start* save the first 8,000 images or so (one control, [8](#patch)).
 # *Muon together with size*: with a SIREN of depth 2, 128 × 3 with Muon has 939 to 1,147 at 200,000 images, 96 × 2 with
 # Adam 1,803 to 2,296.
 #
 # **What stayed within the seeds.** Two runs that differ in nothing but the seed can lie 900 apart, once 1,650. So a
-# difference counts only where all seeds agree, and a small one is a hint even then. No more than the seeds do was seen
-# from: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real images), the
-# weight of bCR from 0.3 to 10, warm-up, batches of 32, cutout, mirrored images, L2 or dot-product attention in the
-# discriminator, improved, plain or no spectral normalisation. That is no proof that they are useless: a longer run or a
-# larger model may need them. Nor did cheaper steps help (mostly one seed): fewer heads and a narrower SIREN, two blocks
-# of 96, less bCR pass up to 2.3 times as many images a minute, and after 15 minutes FRD is much the same.
+# difference counts only where all seeds agree, and a small one is a hint even then. These differed by no more than
+# seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real images), the
+# weight of bCR from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout, mirrored images, L2 or
+# dot-product attention in the discriminator, improved, plain or no spectral normalisation. That is no proof that they
+# are useless: a longer run or a larger model may need them. Nor did cheaper steps help (mostly one seed): fewer heads
+# and a narrower SIREN, two blocks of 96, less bCR pass up to 2.3 times as many images a minute, and after 15 minutes
+# FRD is much the same.
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
 # 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
 # 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, has more variety after 30 minutes
-# of one core: recall 0.28 and 0.27 for 0.16 and 0.14. Its FRD is behind after 15, 1,546 and 1,471 for 1,134 and 1,295,
-# after 30 a little ahead, 909 and 989 for 1,067 and 1,226, and after 60 far, 668 for 1,012 (one seed).
+# of one core: recall 0.28 and 0.27 against 0.16 and 0.14. Its FRD is behind after 15, 1,546 and 1,471 against 1,134 and
+# 1,295, after 30 a little ahead, 909 and 989 against 1,067 and 1,226, and after 60 far, 668 against 1,012 (one seed).
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
 # and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Another run had 730 at 350,000 images and
@@ -4236,7 +4236,7 @@ def above_the_training_resolution(seed=0):
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` also no cutout | as published code has it; cutout within the seeds |
 # | optimizer | Adam, 0.002, batch 128 | `paper` the same; `lesson` Muon, 0.004, batch 64; `smoke` Muon, 0.004, batch 16 | `lesson` on a CPU, 100,000 images, one seed: Muon and a SIREN of depth 4 had FRD 1,303, Adam and depth 2 had 3,403 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
-# | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; in `smoke` and `lesson` four modulated layers | 1,358 and 1,193 for 2,771 and 2,520 at 48,000 images |
+# | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; in `smoke` and `lesson` four modulated layers | 1,358 and 1,193 against 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |
 
 
@@ -4248,8 +4248,8 @@ def above_the_training_resolution(seed=0):
 # * `train(replace(config, learning_rate=2 * config.learning_rate))`. In the small model 0.008 was perhaps better with a
 #   SIREN of depth 2; with depth 4 not, after 36,000 images.
 # * `siren_depth=2` in `smoke` and `lesson`, or 4 in `paper`, which has 2: the largest difference at 48,000 images.
-# * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two separate losses (R3GAN).
-#   We tried two weights of its penalty without gain.
+# * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN).
+#   We tried it with R1 and R2, at two weights: no gain.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**
@@ -4264,7 +4264,7 @@ def above_the_training_resolution(seed=0):
 # * Karras et al. (2018). [Progressive growing of GANs](https://arxiv.org/abs/1710.10196) (equalized learning rate)
 # * Karras et al. (2019). [A style-based generator architecture](https://arxiv.org/abs/1812.04948) (mapping network, truncation)
 # * Karras et al. (2020). [Analyzing and improving the image quality of StyleGAN](https://arxiv.org/abs/1912.04958) (StyleGAN2: weight modulation, convolutional discriminator)
-# * Karras et al. (2020a). [Training generative adversarial networks with limited data](https://arxiv.org/abs/2006.06676) (warm-up of the average)
+# * Karras et al. (2020a). [Training generative adversarial networks with limited data](https://arxiv.org/abs/2006.06676) (ramp-up of the average)
 # * Kim et al. (2021). [The Lipschitz constant of self-attention](https://arxiv.org/abs/2006.04710) (L2 attention)
 # * Kynkäänniemi et al. (2019). [Improved precision and recall metric](https://arxiv.org/abs/1904.06991)
 # * Lee et al. (2022). [ViTGAN: Training GANs with Vision Transformers](https://arxiv.org/abs/2107.04589)
@@ -4310,7 +4310,7 @@ def above_the_training_resolution(seed=0):
 # **Measured here**, a small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two
 # seeds each: FRD 2,517 and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the
 # seeds; 1,406 and 1,480 with the convolutional decoder, after 73,000 images. That is far ahead of a SIREN of depth 2,
-# but behind one of depth 4, which starts grey: in `smoke`, after 15 minutes, 1,768 (one seed) for 1,134 and 1,295.
+# but behind one of depth 4, which starts grey: in `smoke`, after 15 minutes, 1,768 (one seed) against 1,134 and 1,295.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4339,7 +4339,7 @@ class EqualizedConv(EqualizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         weight = (self.normalise(self.weight) * self.weight_gain).unflatten(1, (-1, self.kernel, self.kernel))
         padding = self.kernel // 2 if self.stride == 1 else 0
-        return F.conv2d(x, weight, self.bias, self.stride, padding)  # (B, out, H / stride, W / stride)
+        return F.conv2d(x, weight, self.bias, self.stride, padding)  # (B, out, H, W); stride 2: (H − 1) / 2, W alike
 
 
 class Blur(nn.Module):
@@ -4415,13 +4415,13 @@ class StyleGAN2Discriminator(nn.Module):
 R1_EVERY = 16  # steps; the penalty weighs as many times as much (Karras et al. 2020, "Lazy regularization")
 
 
-def slope_penalty(discriminator: nn.Module, images: Tensor, weight: float, **y: Tensor) -> Tensor:
+def slope_penalty(discriminator: nn.Module, images: Tensor, weight: float, **c: Tensor) -> Tensor:
     """R1: weight / 2 · E ‖∇D(x)‖² over `images` (B, 3, H, W), a scalar (Mescheder et al. 2018, Section 4.1)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     images = images.detach().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        (slope,) = torch.autograd.grad(discriminator(images, **y).sum(), images, create_graph=True)  # (B, 3, H, W)
+        (slope,) = torch.autograd.grad(discriminator(images, **c).sum(), images, create_graph=True)  # (B, 3, H, W)
     return weight / 2 * slope.square().sum((1, 2, 3)).mean()
 
 
@@ -4445,7 +4445,7 @@ class ConvDecoder(nn.Module):
         side = math.isqrt(y.shape[1])
         x = y.transpose(1, 2).unflatten(2, (side, side))  # (B, D, √N, √N)
         for conv in self.stages:
-            x = leaky(conv(F.interpolate(x, scale_factor=2.0)))  # (B, C, 2 · side, 2 · side)
+            x = leaky(conv(F.interpolate(x, scale_factor=2.0)))  # (B, C, twice the side, same)
         return self.rgb(x)  # (B, 3, H, W)
 
 
@@ -4658,10 +4658,10 @@ def test_every_image_is_judged_with_its_own_label():
         real, judged = to_float(torch.cat([run.images, run.images.flip(3)])), []
         known = [*zip(real, run.labels[0].repeat(2), strict=True)]  # an image, and the label that is its own
         run.generator.register_forward_hook(
-            lambda _, __, y, x, to=known: to.extend(zip(x.detach(), y["labels"], strict=True)), with_kwargs=True
+            lambda _, __, c, x, to=known: to.extend(zip(x.detach(), c["labels"], strict=True)), with_kwargs=True
         )
         run.discriminator.register_forward_hook(
-            lambda _, x, y, __, to=judged: to.extend(zip(x[0].detach(), y["labels"], strict=True)), with_kwargs=True
+            lambda _, x, c, __, to=judged: to.extend(zip(x[0].detach(), c["labels"], strict=True)), with_kwargs=True
         )
         for _ in range(2):
             step(run)
@@ -4706,7 +4706,7 @@ def test_every_image_is_judged_with_its_own_label():
 # | fast form | why it is the same |
 # |---|---|
 # | [8](#patch) scale the inputs, not a matrix for each patch | $(W\,\mathrm{diag}\,s)\,x = W(s \odot x)$ |
-# | [13](#isn) weights normalised once for the four batches of a discriminator's step | they do not change between them |
+# | [13](#isn) weights normalised once for the four batches of a discriminator's step | the weights do not change between them; $\sigma$ is followed once a step |
 # | [5](#waves) Fourier features once, for all patches | positions are the same in every patch |
 # | [12](#l2) L2 attention by a dot product | $-\lVert q_i-q_j\rVert^2 = 2\,q_i \cdot q_j - \lVert q_j\rVert^2$ + what softmax ignores |
 # | [18](#engine) one pass of $4B$ images | the ViT looks at each image alone |
@@ -4878,7 +4878,7 @@ def benchmark(config: Config, repeats: int = 5) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit status: 0, or 2 for bad input, told in one line on stderr."""
+    """The command line; returns the exit status: 0; 2 for bad input, told in one line on stderr; 130 if interrupted."""
     parser = OneLineParser(prog="vitgan_nb.py", description="ViTGAN: train, sample, evaluate. No arguments: train.")
     commands, each = parser.add_subparsers(dest="command", parser_class=OneLineParser), {}
     for run in (command_train, command_sample, command_export, command_evaluate, command_benchmark):

@@ -81,9 +81,9 @@ class StyleAddedGenerator(positions_from(1)):
 class LinearDecoder(nn.Module):
     """All pixels of a patch by one linear layer."""
 
-    def __init__(self, style_dim: int, dim: int, depth: int, omega_0: float, demodulate: bool):
+    def __init__(self, y_dim: int, dim: int, depth: int, omega_0: float, demodulate: bool):
         super().__init__()
-        self.linear = v.EqualizedLinear(style_dim, 4 * 4 * 3)
+        self.linear = v.EqualizedLinear(y_dim, 4 * 4 * 3)
 
     def forward(self, y: Tensor, positions: Tensor) -> Tensor:
         return self.linear(y).unflatten(-1, (len(positions), 3))

@@ -48,7 +48,7 @@ def pair(make):
 
 @pytest.mark.parametrize("demodulate", [False, True])
 def test_modulated_linear_equals_grouped_convolution(in_float64, demodulate):
-    fast, textbook = pair(lambda: ModulatedLinear(6, 5, style_dim=7, demodulate=demodulate))
+    fast, textbook = pair(lambda: ModulatedLinear(6, 5, y_dim=7, demodulate=demodulate))
     assert_same(fast, textbook, torch.randn(2, 3, 4, 6), torch.randn(2, 3, 7))
 
 
@@ -76,7 +76,7 @@ def test_attention_as_a_gpu_computes_it(check):
 
 def test_norms_stay_in_float32_where_products_are_bfloat16():
     """Demodulation and spectral norm: sums over a thousand products, which bfloat16 gives to two or three digits."""
-    layer = ModulatedLinear(1000, 50, style_dim=7, demodulate=True)
+    layer = ModulatedLinear(1000, 50, y_dim=7, demodulate=True)
     normalised = vitgan_nb.improved_spectral_norm(vitgan_nb.EqualizedLinear(1000, 50))
     x, style = torch.randn(1, 1, 4, 1000), torch.randn(1, 1, 7)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

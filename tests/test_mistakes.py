@@ -102,12 +102,12 @@ MISTAKES = [
     (
         "the fake batch not detached",
         "test_each_half_of_a_step_trains_its_own_network",
-        [("fake = g(z, **fake_y).detach()", "fake = g(z, **fake_y)")],
+        [("fake = g(z, **fake_c).detach()", "fake = g(z, **fake_c)")],
     ),
     (
         "the fake batch of the fast step not detached",
         "test_fast_step_is_the_plain_step",
-        [("        with torch.no_grad(), self.autocast():\n            z, fake_y =", "        with self.autocast():\n            z, fake_y =")],
+        [("        with torch.no_grad(), self.autocast():\n            z, fake_c =", "        with self.autocast():\n            z, fake_c =")],
     ),
     (
         "an average over an exhausted iterator",
@@ -199,7 +199,7 @@ MISTAKES = [
     (
         "the label not joined to the latent",
         "test_the_label_matters_and_only_its_own_vector_learns",
-        [("super().forward(torch.cat([z, y], 1), truncation)", "super().forward(torch.cat([z, z], 1), truncation)")],
+        [("super().forward(torch.cat([z, e], 1), truncation)", "super().forward(torch.cat([z, z], 1), truncation)")],
     ),
     (
         "a projection that is not divided by √D",
@@ -209,12 +209,12 @@ MISTAKES = [
     (
         "painted images judged with the labels of the real ones",
         "test_every_image_is_judged_with_its_own_label",
-        [("d(fake_t, **fake_y)", "d(fake_t, **real_y)")],
+        [("d(fake_t, **fake_c)", "d(fake_t, **real_c)")],
     ),
     (
         "labels of the fast step in the wrong order",
         "test_every_image_is_judged_with_its_own_label",
-        [("torch.cat([real_y[name], fake_y[name]] * 2)", "torch.cat([fake_y[name], real_y[name]] * 2)")],
+        [("torch.cat([real_c[name], fake_c[name]] * 2)", "torch.cat([fake_c[name], real_c[name]] * 2)")],
     ),
     (
         "R1 without its half",
@@ -229,7 +229,7 @@ MISTAKES = [
     (
         "R1 as the slope of the mean logit",
         "test_slope_penalty",
-        [("discriminator(images, **y).sum(), images", "discriminator(images, **y).mean(), images")],
+        [("discriminator(images, **c).sum(), images", "discriminator(images, **c).mean(), images")],
     ),
     (
         "R1 that no gradient passes through",
