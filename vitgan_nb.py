@@ -26,8 +26,8 @@
 #
 # ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
 #
-# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (350,000 images, an
-# hour and a half of its time). FRD, a distance to real images ([20](#measure)), is 730.*
+# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (500,000 images,
+# under four hours of its time). FRD, a distance to real images ([20](#measure)), is 700.*
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
@@ -1230,8 +1230,9 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 # <details><summary>Answer</summary>SLN's, and later the generator's: all images of a batch would be one.</details>
 #
 # **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
-# 3,297 and 3,377 (32,000 images), so no worse in so short a run, but its samples show only a few motifs. $\gamma$ in
-# place of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), no more than seeds differ.
+# 3,297 and 3,377 (32,000 images), no worse, but its samples show only a few motifs. Plain LayerNorm at the end only:
+# 1,525 against 1,134 and 1,295 (`smoke`, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place
+# of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), within the seeds.
 
 # %% [markdown]
 # <a name="block"></a>
@@ -4116,8 +4117,8 @@ def truncation(psi=0.5, seed=0):
 # %% [markdown]
 # **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
 # norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards being
-# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had 71 to
-# 83 %, a block 4 to 20 %: most of the style comes in at the very end.
+# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had 73 to
+# 85 %, a block 3 to 15 %: most of the style comes in at the very end.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4173,7 +4174,7 @@ def nearest_training_images(seed=0):
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution.
 # Above the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Between patches
 # nothing was ever asked of it there: the number is how much larger the step from pixel to pixel is across the border of
-# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 2.8 to 3.9 at 256 pixels.
+# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 2.6 to 3.4 at 256 pixels.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4209,24 +4210,23 @@ def above_the_training_resolution(seed=0):
 # difference counts only where all seeds agree, and a small one is a hint even then. These differed by no more than
 # seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the discriminator at real images), the
 # weight of bCR from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout, mirrored images, L2 or
-# dot-product attention in the discriminator, improved, plain or no spectral normalisation. That is no proof that they
-# are useless: a longer run or a larger model may need them. Nor did cheaper steps help (mostly one seed): fewer heads
-# and a narrower SIREN, two blocks of 96, less bCR pass up to 2.3 times as many images a minute, and after 15 minutes
-# FRD is much the same.
+# dot-product attention in the discriminator, improved, plain or no spectral normalisation. A longer run or a larger
+# model may still need them. Nor did cheaper steps help (mostly one seed): fewer heads and a narrower SIREN, two blocks
+# of 96, less bCR pass up to 2.3 times as many images a minute, and after 15 minutes FRD is much the same.
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
 # 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
 # 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, has more variety after 30 minutes
 # of one core: recall 0.28 and 0.27 against 0.16 and 0.14. Its FRD is behind after 15, 1,546 and 1,471 against 1,134 and
-# 1,295, after 30 a little ahead, 909 and 989 against 1,067 and 1,226, and after 60 far, 668 against 1,012 (one seed).
+# 1,295, a little ahead after 30, and far after 60: 668 (one seed) against 1,012 and 940.
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
-# and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Another run had 730 at 350,000 images and
-# 683, 650, 676 and 688 from 400,000 to 550,000: FRD stands still, while recall goes on from 0.31 to 0.38. At 50,000
-# images a convolutional discriminator did about as well, a deeper one no better (one seed each): that early, neither
-# alone holds it back. Fresh discriminators tell the samples from real images much sooner without DiffAugment, but
-# training on without it gained nothing in 25,000 images. What holds it back, we do not know.
+# and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Two other runs had 730 and 760 at 350,000;
+# from 450,000 on, FRD stands still between 650 and 720, recall between 0.34 and 0.38. At 50,000 images a convolutional
+# discriminator did about as well, a deeper one no better (one seed each): that early, neither alone holds it back.
+# Fresh discriminators tell the samples from real images much sooner without DiffAugment, but training on without it
+# gained nothing in 25,000 images. What holds it back, we do not know.
 #
 # | part | paper | here | why |
 # |---|---|---|---|
