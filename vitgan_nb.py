@@ -4219,7 +4219,7 @@ def above_the_training_resolution(seed=0):
 # 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
 # 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, has more variety after 30 minutes
 # of one core: recall 0.28 and 0.27 against 0.16 and 0.14. Its FRD is behind after 15, 1,546 and 1,471 against 1,134 and
-# 1,295, a little ahead after 30, and far after 60: 668 (one seed) against 1,012 and 940.
+# 1,295, a little ahead after 30, and far after 60: 668 and 643 against 1,012 and 940.
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
 # and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Two other runs had 730 and 760 at 350,000;
