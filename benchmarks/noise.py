@@ -60,8 +60,8 @@ def measure(path: Path, batches: int) -> dict:
 
     line = {"signal_d": signal(gradients(run.discriminator, discriminator_objective, batches))}
     run.discriminator.requires_grad_(False)
-    z, y, variance = run.latents(config.batch_size), run.random_labels(config.batch_size), {}
-    fixed = {"latents": lambda n: z, "random_labels": lambda n: y}
+    z, c, variance = run.latents(config.batch_size), run.random_labels(config.batch_size), {}
+    fixed = {"latents": lambda n: z, "random_labels": lambda n: c}
     for name, same, augment in (
         ("all new", False, config.augment),
         ("augmented anew", True, config.augment),
