@@ -1231,8 +1231,9 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
 # 3,297 and 3,377 (32,000 images), no worse, but its samples show only a few motifs. Plain LayerNorm at the end only:
-# 1,525 against 1,134 and 1,295 (`smoke`, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place
-# of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), within the seeds.
+# 1,525 against 1,134 and 1,295 (`smoke`, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). With a start of its
+# own for each patch, so that $w$ could say where: 1,649 and 0.11, no gain (one seed). $\gamma$ in place of $1 +
+# \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), within the seeds.
 
 # %% [markdown]
 # <a name="block"></a>
@@ -1606,8 +1607,7 @@ def test_patches_to_image_undoes_cutting():
 # 2,698 and 2,631, nothing. $\omega_0$ 3 in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against
 # 1,562 after 36,000 images (one seed). One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377
 # (32,000 images): it paints mosaics. Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830
-# (two seeds), at full contrast 3,847 (one seed); from 25,000 on no difference was seen. All other numbers here are from
-# before.
+# (two seeds), at full contrast 3,847 (one seed); from 25,000 on no difference. All other numbers here are from before.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
