@@ -26,8 +26,8 @@
 #
 # ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
 #
-# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (500,000 images,
-# under four hours of its time). FRD, a distance to real images ([20](#measure)), is 700.*
+# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (800,000 images,
+# under six hours of its time). FRD, a distance to real images ([20](#measure)), is 638.*
 #
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
@@ -4117,8 +4117,8 @@ def truncation(psi=0.5, seed=0):
 # %% [markdown]
 # **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
 # norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards being
-# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had 73 to
-# 85 %, a block 3 to 15 %: most of the style comes in at the very end.
+# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had 81 to
+# 87 %, a block 2 to 10 %: most of the style comes in at the very end.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4174,7 +4174,7 @@ def nearest_training_images(seed=0):
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution.
 # Above the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Between patches
 # nothing was ever asked of it there: the number is how much larger the step from pixel to pixel is across the border of
-# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 2.6 to 3.4 at 256 pixels.
+# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 1.6 to 3.4 at 256 pixels.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4222,11 +4222,11 @@ def above_the_training_resolution(seed=0):
 # 1,295, a little ahead after 30, and far after 60: 668 and 643 against 1,012 and 940.
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
-# and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Two other runs had 730 and 760 at 350,000;
-# from 450,000 on, FRD stands still between 650 and 720, recall between 0.34 and 0.38. At 50,000 images a convolutional
-# discriminator did about as well, a deeper one no better (one seed each): that early, neither alone holds it back.
-# Fresh discriminators tell the samples from real images much sooner without DiffAugment, but training on without it
-# gained nothing in 25,000 images. What holds it back, we do not know.
+# and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Two other runs had 730 and 760 at 350,000,
+# 688 and 703 at 550,000, recall 0.38 and 0.35. One went on: 865 at 700,000, 638 at 800,000, 669 at a million; recall
+# 0.32, 0.43, 0.35. At 50,000 images a convolutional discriminator did about as well, a deeper one no better (one seed
+# each). Fresh discriminators tell the samples from real images no sooner if twice as large, much sooner without
+# DiffAugment; but training on without it gained nothing in 25,000 images. What holds it back, we do not know.
 #
 # | part | paper | here | why |
 # |---|---|---|---|
