@@ -3738,11 +3738,10 @@ def test_seed_decides_everything():
 # What to look at while it runs:
 #
 # * **Losses.** Healthy is a discriminator that stays below 1.386 but well above 0, so that there is something to learn
-#   from it. *consistency* is the bCR term, not part of
-#   *loss_d*; R1 of section A is counted with it.
+#   from it. *consistency* is the bCR term, not part of *loss_d*; R1 of section A is counted with it.
 # * **Logits.** *real* above *fake*. The gap is wide at first, narrows, and may widen again; it should neither vanish
 #   nor run away. *held out* are real images that it never trains on: when they drift from *real* to *fake*, the
-#   discriminator is learning the training images by heart.
+#   discriminator is learning the training images by heart. All are means of 32 images: a gap of 0.1 says nothing.
 # * **σ(W) over its start**, of the raw weight of each layer of the discriminator: the factor that the improved spectral
 #   norm divides by. A layer twice as large is turned by a step only half as far. Near 1 is usual.
 # * **Samples.** First the colours are right, then the layout, then things. The average lags behind and jitters less.
@@ -4223,10 +4222,10 @@ def above_the_training_resolution(seed=0):
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
 # and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. Two other runs had 730 and 760 at 350,000,
-# 688 and 703 at 550,000, recall 0.38 and 0.35. One went on: 865 at 700,000, 638 at 800,000, 669 at a million; recall
-# 0.32, 0.43, 0.35. At 50,000 images a convolutional discriminator did about as well, a deeper one no better (one seed
-# each). Fresh discriminators tell the samples from real images no sooner if twice as large, much sooner without
-# DiffAugment; but training on without it gained nothing in 25,000 images. What holds it back, we do not know.
+# 688 and 703 at 550,000, recall 0.38 and 0.35. The second went on: 865 at 700,000, 638 at 800,000, 669 at a million;
+# recall 0.32, 0.43, 0.35. At 50,000 images a convolutional discriminator did about as well, a deeper one no better.
+# Fresh discriminators tell the samples from real images no sooner if twice as large, much sooner without DiffAugment
+# (one seed each); but training on without it gained nothing in 25,000 images. What holds it back, we do not know.
 #
 # | part | paper | here | why |
 # |---|---|---|---|
