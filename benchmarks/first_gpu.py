@@ -69,7 +69,7 @@ def attention(config: v.Config):
         what = f"{kind.__name__}, {tokens} tokens, {precision}"
         row(what, f"relative error: values {errors[0]:.1e}, gradients {max(errors[1:]):.1e}", close)
         if GPU:
-            kernels = {event.key.split("<")[0][-70:] for event in watched.key_averages()}
+            kernels = {re.split("[<(]", event.key)[0] for event in watched.key_averages()}  # without their arguments
             names = ", ".join(sorted(k for k in kernels if re.search("fmha|flash|cudnn", k, re.IGNORECASE)))
             row(f"{what}: kernels", names, bool(names) and "cudnn" not in names.lower())
     if not GPU:
