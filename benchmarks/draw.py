@@ -19,7 +19,7 @@ def main():
     for line in map(json.loads, flags.lines.read_text().splitlines()):
         name, seed, images = Path(line["samples"]).stem.rsplit("-", 2)
         runs.setdefault(name, {}).setdefault(seed, []).append((int(images) / 1000, line))
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     for color, (name, seeds) in enumerate(runs.items()):
         for points in seeds.values():
             images, lines = zip(*sorted(points, key=lambda point: point[0]), strict=True)
@@ -29,8 +29,7 @@ def main():
     for axis, metric in zip(axes, ("FRD", "precision", "recall"), strict=True):
         axis.set(xlabel="images seen, thousands", title=metric, ylim=0)
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.tight_layout()
+    figure.legend(loc="outside upper center", ncols=len(runs))
     figure.savefig(flags.figure, dpi=110)
 
 
