@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -45,6 +46,12 @@ def differentiated(form, module: torch.nn.Module, h: torch.Tensor, seed: torch.T
     return [y, *torch.autograd.grad(y, [h, *module.parameters()], seed.to(y.dtype))]
 
 
+def attention_kernels(names: Iterable[str]) -> list[str]:
+    """Those of all kernels' `names` that are of attention, without their arguments."""
+    kernels = {re.split("[<(]", name)[0] for name in names}
+    return sorted(kernel for kernel in kernels if re.search("fmha|flash|cudnn", kernel, re.IGNORECASE))
+
+
 def attention(config: v.Config):
     """Both kinds of attention in each precision beside the formula in float64; the kernels that did it."""
     old = GPU and torch.cuda.get_device_capability() < (8, 0)  # no bfloat16 units, and "auto" does not take it there
@@ -69,8 +76,7 @@ def attention(config: v.Config):
         what = f"{kind.__name__}, {tokens} tokens, {precision}"
         row(what, f"relative error: values {errors[0]:.1e}, gradients {max(errors[1:]):.1e}", close)
         if GPU:
-            kernels = {re.split("[<(]", event.key)[0] for event in watched.key_averages()}  # without their arguments
-            names = ", ".join(sorted(k for k in kernels if re.search("fmha|flash|cudnn", k, re.IGNORECASE)))
+            names = ", ".join(attention_kernels(event.key for event in watched.key_averages()))
             row(f"{what}: kernels", names, bool(names) and "cudnn" not in names.lower())
     if not GPU:
         row("names of the kernels", "skipped: no GPU", None)
