@@ -29,6 +29,10 @@
 # *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (800,000 images,
 # under six hours of its time). FRD, a distance to real images ([20](#measure)), is 638.*
 #
+# ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png)
+#
+# *CIFAR-10: `lesson`, which a GPU trains here, after a million images, eight minutes of an H100 shared by five runs.*
+#
 # ![Samples at the end of the default run without a GPU](attachment:default.png)
 #
 # *Built-in shapes: what the default run without a GPU paints at its end. The outputs stored below are of that run.*
@@ -4230,10 +4234,6 @@ def above_the_training_resolution(seed=0):
 # 100,000 images, 665 and 672 at a million, recall 0.26 and 0.28: as far as `smoke`, in a quarter of the steps, with
 # less variety. The paper's size with the paper's settings learns slowly: 2,083 at 500,000 images; with a SIREN of depth
 # 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835**, and 653 at 648,000, falling fast (one seed each).
-#
-# ![64 samples of lesson, CIFAR-10](attachment:lesson.png)
-#
-# *`lesson` after a million images: eight minutes of an H100 that trained four other runs beside it.*
 #
 # | part | paper | here | why |
 # |---|---|---|---|
