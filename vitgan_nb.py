@@ -63,7 +63,7 @@
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
 #
-# Of GPUs, an H100 has trained `lesson` and `paper` ([22](#found)), and checked what is said here of GPUs; no T4 has yet.
+# An H100 has trained `lesson` and `paper` ([22](#found)). No T4 has run this notebook yet, nor have several GPUs.
 #
 # **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, 12 to
 # 15 of them in section 19 (the stored run, beside other work, 24). Or step through: a section is text, a formula, a
