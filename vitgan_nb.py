@@ -24,18 +24,10 @@
 # This notebook builds every part in PyTorch, says what the part is for, draws it at work, checks it, and says what
 # taking it out did when we tried. Then it trains the whole. You need to know PyTorch; you need not have trained a GAN.
 #
-# ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png)
-#
-# *CIFAR-10: samples of the generator in `weights/`, a million weights, trained on one core of a CPU (800,000 images,
-# under six hours of its time). FRD, a distance to real images ([20](#measure)), is 638.*
-#
-# ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png)
-#
-# *CIFAR-10: `lesson`, which a GPU trains here, after a million images, eight minutes of an H100 shared by five runs.*
-#
-# ![Samples at the end of the default run without a GPU](attachment:default.png)
-#
-# *Built-in shapes: what the default run without a GPU paints at its end. The outputs stored below are of that run.*
+# | CIFAR-10, on a CPU | CIFAR-10, on a GPU | built-in shapes |
+# |---|---|---|
+# | ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
+# | The generator in `weights/`: `smoke` after 800,000 images, under six hours of one core. FRD, a distance to real images ([20](#measure)): 638. | `lesson`, which a GPU trains here, after a million images: eight minutes of an H100 that five runs shared. FRD: 665. | What the default run without a GPU paints at its end. The outputs stored below are of that run. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
