@@ -4221,6 +4221,7 @@ def above_the_training_resolution(seed=0):
 # 669 at a million, recall 0.37, 0.43, 0.35, and 865 in between. At 50,000 images a convolutional discriminator did
 # about as well, a deeper one no better. Fresh discriminators tell the samples from real images no sooner if twice as
 # large, much sooner without DiffAugment (one seed each); but training on without it gained nothing in 25,000 images.
+# What holds it back, we do not know.
 #
 # **On a GPU.** An H100 trained five runs side by side for eight minutes. `lesson`, two seeds, had FRD 1,459 and 1,427 at
 # 100,000 images, 665 and 672 at a million, recall 0.26 and 0.28: as far as `smoke`, in a quarter of the steps, with
@@ -4244,7 +4245,7 @@ def above_the_training_resolution(seed=0):
 # ## 23. Try next
 #
 # * Your own images: `DATASET` folder, and their folder in `FOLDER`.
-# * `train(replace(config, siren_depth=2))`, as in the paper: the largest difference that we saw.
+# * `train(replace(config, siren_depth=2))`, as in the paper: in a small model that doubled FRD at 48,000 images.
 # * `lesson` without cutout, `augment="color,translation"`, or with `smoke`'s bCR: has it more variety? Not tried yet.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN).
 #   We tried it with R1 and R2, at two weights: no gain.
