@@ -4224,9 +4224,10 @@ def above_the_training_resolution(seed=0):
 # What holds it back, we do not know.
 #
 # **On a GPU.** An H100 trained five runs side by side for eight minutes. `lesson`, two seeds, had FRD 1,459 and 1,427 at
-# 100,000 images, 665 and 672 at a million, recall 0.26 and 0.28: as far as `smoke`, in a quarter of the steps, with
-# less variety. The paper's size with the paper's settings learns slowly: 2,083 at 500,000 images; with a SIREN of depth
-# 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835**, and 653 at 648,000, falling fast (one seed each).
+# 100,000 images, 665 and 672 at a million, recall 0.26 and 0.28: as far as `smoke`, with less variety, in a quarter of
+# the steps; after as many steps `smoke` had 761 and 781, 0.26 and 0.28. The paper's size with the paper's settings
+# learns slowly: 2,083 at 500,000 images; with a SIREN of depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper`
+# here, **835**, and 653 at 648,000, falling fast (one seed each).
 #
 # | part | paper | here | why |
 # |---|---|---|---|
@@ -4246,7 +4247,7 @@ def above_the_training_resolution(seed=0):
 #
 # * Your own images: `DATASET` folder, and their folder in `FOLDER`.
 # * `train(replace(config, siren_depth=2))`, as in the paper: in a small model that doubled FRD at 48,000 images.
-# * `lesson` without cutout, `augment="color,translation"`, or with `smoke`'s bCR: has it more variety? Not tried yet.
+# * `lesson` with `batch_size=32`: variety seems to grow with the steps, not with the images. Not tried yet.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN).
 #   We tried it with R1 and R2, at two weights: no gain.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
