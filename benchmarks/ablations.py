@@ -123,11 +123,11 @@ ABLATIONS = {  # name: (what takes the place of what in the notebook, changes of
 
 
 def train_changed(
-    config: v.Config, changed: dict, images: list[int], minutes: float = 0.0
+    config: v.Config, changed: dict, images: list[int], minutes: float = 0.0, n: int = 2000
 ) -> Iterator[tuple[dict, np.ndarray]]:
     """Train by `config` with parts of the notebook `changed`, {name: what takes its place}.
 
-    At each number of `images`, or once after so many `minutes`, gives what the run came to, and 2,000 samples
+    At each number of `images`, or once after so many `minutes`, gives what the run came to, and `n` samples
     (N, H, W, 3), uint8. Minutes are of the processor, all threads together, or of the clock on a GPU.
     """
     kept = {attribute: getattr(v, attribute) for attribute in changed}
@@ -144,7 +144,7 @@ def train_changed(
             entry = run.record()
             seconds += clock() - start
             logits = {key: round(entry[key], 2) for key in v.LOGITS}
-            samples = v.sample(run.average.module, 2000).permute(0, 2, 3, 1).numpy()
+            samples = v.sample(run.average.module, n).permute(0, 2, 3, 1).numpy()
             yield {"seed": config.seed, "images": entry["images"], "seconds": round(seconds), **logits}, samples
     finally:
         for attribute, value in kept.items():

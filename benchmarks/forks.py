@@ -1,10 +1,10 @@
 """Train one model with a single thing changed, and leave samples on the way: the runs by which settings are decided.
 
     python benchmarks/forks.py NAME [--profile small] [--images 24000 36000 48000 | --minutes M] [--seed 0]
-        [--out runs/forks]
+        [--n 2000] [--out runs/forks]
 
 `small` is `smoke` at 96 x 2, with 6 heads and a SIREN of depth 2, and its position embedding starts with waves of a turn
-across the image, where no other is named. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, 2,000 samples as uint8
+across the image, where no other is named. Leaves OUT/PROFILE-NAME-SEED-IMAGES.npz, N samples as uint8
 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON at each number of images. With `--minutes` it stops
 after so long, samples and measuring not counted, and leaves samples once, with the images seen in their name: what is
 slower has seen fewer. Minutes are of the processor, or of the clock on a GPU. What is there already is not trained again.
@@ -17,11 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vitgan_nb as v
 from benchmarks.ablations import positions_from, save, train_changed
+from benchmarks.limit import ConvolutionalStem
 
 
 class ScaledByGamma(v.SelfModulatedLayerNorm):
@@ -91,7 +93,42 @@ class PenalisedWarmedUpTraining(PenalisedTraining, WarmedUpTraining):
     pass
 
 
+def paired(weight: float) -> type[v.Training]:
+    """Real and generated images compared pair by pair (Jolicoeur-Martineau 2018), with R1 and R2 of `weight`; bCR stays.
+
+    R1 and R2 (R3GAN, arXiv:2501.05441): the squared slope of the discriminator at real and at generated images, here how
+    far noise of σ = 0.1 moves the logits of a quarter of them, over σ.
+    """
+
+    class PairedTraining(v.Training):
+        def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
+            self.real = real
+            with torch.no_grad(), self.autocast():
+                fake = self.generator(self.latents(len(real))).float()
+            plain = torch.cat([real, fake])  # (2B, 3, H, W)
+            augmented = v.diff_augment(plain, self.config.augment)  # (2B, 3, H, W)
+            moved = augmented[::4] + 0.1 * torch.randn_like(augmented[::4])  # (B/2, 3, H, W)
+            with self.autocast():
+                logits = self.discriminator(torch.cat([plain, augmented, moved])).float()
+            plain, augmented, moved = logits.split([len(plain), len(augmented), len(moved)])
+            (real_plain, fake_plain), (real, fake) = plain.chunk(2), augmented.chunk(2)
+            penalty = weight * ((moved - augmented[::4]) / 0.1).square().mean()
+            penalty = penalty + v.balanced_consistency(real_plain, real, self.config.bcr_real)
+            penalty = penalty + v.balanced_consistency(fake_plain, fake, self.config.bcr_fake)
+            return F.softplus(fake - real).mean(), penalty
+
+        def generator_objective(self) -> tuple[Tensor]:
+            with self.autocast():
+                fake = self.generator(self.latents(self.config.batch_size)).float()
+                images = v.diff_augment(torch.cat([self.real, fake]), self.config.augment)
+                real, fake = self.discriminator(images).float().chunk(2)
+            return (F.softplus(real - fake).mean(),)
+
+    return PairedTraining
+
+
 SMALL = replace(v.PROFILES["smoke"], dim=96, depth=2, heads=6, siren_dim=96, siren_depth=2)
+HALF_A_TURN = {"Generator": positions_from(1 / 2)}
 FORKS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
     "as-it-is": ({}, {}),
     "adam": ({}, {"optimizer": "adam", "siren_depth": 2}),
@@ -103,13 +140,13 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "siren-depth-3": ({}, {"siren_depth": 3}),
     "siren-depth-4": ({}, {"siren_depth": 4}),
     "siren-depth-5": ({}, {"siren_depth": 5}),
-    "half-a-turn": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 4}),
+    "half-a-turn": (HALF_A_TURN, {"siren_depth": 4}),
     "a-quarter-turn": ({"Generator": positions_from(1 / 4)}, {"siren_depth": 4}),
-    "half-a-turn-depth-3": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 3}),
-    "half-a-turn-rate-0.008": ({"Generator": positions_from(1 / 2)}, {"siren_depth": 4, "learning_rate": 0.008}),
+    "half-a-turn-depth-3": (HALF_A_TURN, {"siren_depth": 3}),
+    "half-a-turn-rate-0.008": (HALF_A_TURN, {"siren_depth": 4, "learning_rate": 0.008}),
     "fast-fourier": ({"FourierFeatures": fourier_features_from(4)}, {"siren_depth": 4}),
-    "full-contrast": ({"Generator": positions_from(1 / 2), "Siren": contrast_from(1)}, {"siren_depth": 4}),
-    "greyer": ({"Generator": positions_from(1 / 2), "Siren": contrast_from(0.01)}, {"siren_depth": 4}),
+    "full-contrast": (HALF_A_TURN | {"Siren": contrast_from(1)}, {"siren_depth": 4}),
+    "greyer": (HALF_A_TURN | {"Siren": contrast_from(0.01)}, {"siren_depth": 4}),
     "slow-fourier": ({"FourierFeatures": fourier_features_from(1 / 4)}, {"siren_depth": 4}),
     "demodulate": ({}, {"siren_depth": 4, "demodulate": True}),
     "siren-width-192": ({}, {"siren_dim": 192}),
@@ -126,6 +163,11 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
         {"Training": PenalisedWarmedUpTraining},
         {"bcr_real": 1.0, "bcr_fake": 1.0},
     ),  # the authors', but for 3,000 steps of warm-up
+    "convolutional-stem": (HALF_A_TURN | {"OverlappingPatchEmbedding": ConvolutionalStem}, {"siren_depth": 4}),
+    "pairs": (HALF_A_TURN | {"Training": paired(0)}, {"siren_depth": 4}),
+    "pairs-0.1": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4}),
+    "pairs-1": (HALF_A_TURN | {"Training": paired(1)}, {"siren_depth": 4}),
+    "pairs-0.1-no-bcr": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4, "bcr_real": 0.0, "bcr_fake": 0.0}),
     "stylegan2": ({}, {"discriminator": "stylegan2", "r1": 0.1}),
     "conv-decoder": ({}, {"decoder": "conv"}),
     "classes": ({}, {"classes": True}),
@@ -139,6 +181,7 @@ def main():
     parser.add_argument("--images", type=int, nargs="+", default=[24_000, 36_000, 48_000], help="in ascending order")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so many, in place of --images")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=2000, help="samples to leave")
     parser.add_argument("--out", type=Path, default=Path("runs/forks"))
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +195,7 @@ def main():
     changed, fields = FORKS[flags.name]
     changed = {"Generator": positions_from(1)} | changed
     config = replace((v.PROFILES | {"small": SMALL})[flags.profile], dataset="cifar10", seed=flags.seed, **fields)
-    runs = train_changed(config, changed, flags.images, flags.minutes)
+    runs = train_changed(config, changed, flags.images, flags.minutes, flags.n)
     for mark, (line, samples) in zip(flags.images, runs, strict=not flags.minutes):
         save(samples, path(line["images"] if flags.minutes else mark))
         print(json.dumps({"profile": flags.profile, "name": flags.name} | line), flush=True)
