@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 
 def main():
@@ -26,9 +27,14 @@ def main():
             for axis, metric in zip(axes, ("frd", "precision", "recall"), strict=True):
                 axis.plot(images, [line[metric] for line in lines], ".-", color=f"C{color}", linewidth=1)
         axes[0].plot([], color=f"C{color}", label=name)
+    axes[0].set(yscale="log")
+    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:,.0f}")
     for axis, metric in zip(axes, ("FRD", "precision", "recall"), strict=True):
-        axis.set(xlabel="images seen, thousands", title=metric, ylim=0)
+        axis.set(xlabel="images seen, thousands", title=metric, xscale="log")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.grid(alpha=0.3)
+    for axis in axes[1:]:
+        axis.set_ylim(0)
     figure.legend(loc="outside upper center", ncols=len(runs))
     figure.savefig(flags.figure, dpi=110)
 
