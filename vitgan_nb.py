@@ -24,10 +24,10 @@
 # This notebook builds every part in PyTorch, says what the part is for, draws it at work, checks it, and says what
 # taking it out did when we tried. Then it trains the whole. You need to know PyTorch; you need not have trained a GAN.
 #
-# | CIFAR-10, on a CPU | CIFAR-10, on a GPU | built-in shapes |
+# | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
-# | ![Samples of the generator in weights/, trained on CIFAR-10](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: `smoke` after 800,000 images, under six hours of one core. FRD, a distance to real images ([20](#measure)): 638. | `lesson`, which a GPU trains here, after a million images: eight minutes of an H100 that five runs shared. FRD: 665. | What the default run without a GPU paints at its end. The outputs stored below are of that run. |
+# | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
+# | The generator in `weights/`: three million images, ten minutes of an H200. FRD, a distance to real images ([20](#measure)): 384. | What a GPU trains here, after a million images: eight minutes of an H100 that five runs shared. FRD: 665. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -53,9 +53,9 @@
 # |---|---|---|---|
 # | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
-# | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it |
+# | `paper` | a large GPU (A100, H100) | the paper's size, on CIFAR-10 | until you stop it, or `MINUTES` |
 #
-# An H100 has trained `lesson` and `paper` ([22](#found)). No T4 has run this notebook yet, nor have several GPUs.
+# An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). No T4, nor several GPUs, have run this yet.
 #
 # **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, 12 to
 # 15 of them in section 19 (the stored run, beside other work, 24). Or step through: a section is text, a formula, a
@@ -83,6 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
+# On an A100 or H100 take paper and 10 minutes or more: three minutes of an H200, and it is ahead of `lesson`.
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -3983,9 +3984,9 @@ def test_samples_follow_the_seed():
 # <a name="explore"></a>
 # ## 21. Explore
 #
-# Unless said otherwise, this shows the generator in `weights/`, trained on CIFAR-10, if that file lies beside the
-# notebook, else the one that you have just trained. Each picture is drawn anew when you let go of one of its sliders;
-# that needs a running kernel.
+# Unless said otherwise, this shows the generator in `weights/`, of the paper's size, trained on CIFAR-10, if that file
+# lies beside the notebook, else the one that you have just trained. Each picture is drawn anew when you let go of one
+# of its sliders; that needs a running kernel.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -4115,8 +4116,9 @@ def truncation(psi=0.5, seed=0):
 # %% [markdown]
 # **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
 # norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards being
-# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the last norm had 81 to
-# 87 %, a block 2 to 10 %: most of the style comes in at the very end.
+# the other ones, as a share of the whole way in pixels. With `weights/` and five pairs of seeds the first block had 30
+# to 39 %, the last norm 27 to 68 %, the blocks between 2 to 23 %. In a `smoke` of 800,000 images the last norm had 81
+# to 87 %, a block 2 to 10 %: there most of the style comes in at the very end.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4172,7 +4174,7 @@ def nearest_training_images(seed=0):
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution.
 # Above the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Between patches
 # nothing was ever asked of it there: the number is how much larger the step from pixel to pixel is across the border of
-# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 1.6 to 3.4 at 256 pixels.
+# two patches than inside them, 1 for no seam. With `weights/` and five seeds it was 2.5 to 8.3 at 256 pixels.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4218,16 +4220,15 @@ def above_the_training_resolution(seed=0):
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
 # and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. One run had 700 at 500,000, 638 at 800,000,
-# 669 at a million, recall 0.37, 0.43, 0.35, and 865 in between. At 50,000 images a convolutional discriminator did
-# about as well, a deeper one no better. Fresh discriminators tell the samples from real images no sooner if twice as
-# large, much sooner without DiffAugment (one seed each); but training on without it gained nothing in 25,000 images.
-# What holds it back, we do not know.
+# 669 at a million, recall 0.37, 0.43, 0.35. At 50,000 images a convolutional discriminator did about as well, a deeper
+# one no better. Fresh discriminators tell the samples from real images no sooner if twice as large, much sooner without
+# DiffAugment (one seed each); but training on without it gained nothing in 25,000 images.
 #
-# **On a GPU.** An H100 trained five runs side by side for eight minutes. `lesson`, two seeds, had FRD 1,459 and 1,427 at
-# 100,000 images, 665 and 672 at a million, recall 0.26 and 0.28: as far as `smoke`, with less variety, in a quarter of
-# the steps; after as many steps `smoke` had 761 and 781, 0.26 and 0.28. The paper's size with the paper's settings
-# learns slowly: 2,083 at 500,000 images; with a SIREN of depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper`
-# here, **835**, and 653 at 648,000, falling fast (one seed each).
+# **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
+# depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). A second seed of it had 571
+# and recall 0.25 at a million images, **384 and 0.45 at three**, after ten minutes of an H200, and still fell, by a
+# fifth with each doubling. `lesson`, two seeds, had 665 and 672 at a million, 0.26 and 0.28; in float16, which a T4
+# needs, it learned alike, to 500,000. In batches of 32, not 64, it was worse from 300,000 on (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|
@@ -4235,7 +4236,7 @@ def above_the_training_resolution(seed=0):
 # | L2 attention | distance over $\sqrt d$ | over $d$ | over $\sqrt d$ the class token attends to itself alone at the start ([12](#l2)) |
 # | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, next row |
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` also no cutout | as published code has it; cutout within the seeds |
-# | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 64, `smoke` 16 | `paper` at 500,000 images, one seed: FRD 835, with Adam and bCR 10 / 10 1,278 |
+# | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 64, `smoke` 16 | `paper` at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
 # | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; four modulated layers, in the paper's settings two | 1,358 and 1,193 against 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |
@@ -4247,7 +4248,7 @@ def above_the_training_resolution(seed=0):
 #
 # * Your own images: `DATASET` folder, and their folder in `FOLDER`.
 # * `train(replace(config, siren_depth=2))`, as in the paper: in a small model that doubled FRD at 48,000 images.
-# * `lesson` with `batch_size=32`: variety seems to grow with the steps, not with the images. Not tried yet.
+# * On a GPU, `lesson` with `batch_size=128`, as `paper` has. Batches of 32 were worse; these we have not tried.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN).
 #   We tried it with R1 and R2, at two weights: no gain.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
