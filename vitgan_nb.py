@@ -55,7 +55,7 @@
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU (A100, H100) | the paper's size, on CIFAR-10 | until you stop it, or `MINUTES` |
 #
-# An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). No T4, nor several GPUs, have run this yet.
+# An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
 # **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, 12 to
 # 15 of them in section 19 (the stored run, beside other work, 24). Or step through: a section is text, a formula, a
