@@ -4250,7 +4250,7 @@ def above_the_training_resolution(seed=0):
 # * `train(replace(config, siren_depth=2))`, as in the paper: in a small model that doubled FRD at 48,000 images.
 # * On a GPU, `lesson` with `batch_size=128`, as `paper` has. Batches of 32 were worse; these we have not tried.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN).
-#   With R1 and R2 beside bCR it had FRD 1,158 and 979 at 100,000 images, `smoke` 941 to 1,116: no gain.
+#   With R1 and R2 it had FRD 1,158 and 979 at 100,000 images, `smoke` 941 to 1,116: no gain. Without, not tried there.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**
