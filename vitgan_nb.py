@@ -53,7 +53,7 @@
 # |---|---|---|---|
 # | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
-# | `paper` | a large GPU (A100, H100) | the paper's size, on CIFAR-10 | until you stop it, or `MINUTES` |
+# | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it, or `MINUTES` |
 #
 # An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
@@ -83,7 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On an A100 or H100 take paper and 10 minutes or more: three minutes of an H200, and it is ahead of `lesson`.
+# On a large GPU take paper and 10 minutes or more: at a million images it is ahead of `lesson` ([22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -4220,9 +4220,9 @@ def above_the_training_resolution(seed=0):
 #
 # **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
 # and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. One run had 700 at 500,000, 638 at 800,000,
-# 669 at a million, recall 0.37, 0.43, 0.35. At 50,000 images a convolutional discriminator did about as well, a deeper
-# one no better. Fresh discriminators tell the samples from real images no sooner if twice as large, much sooner without
-# DiffAugment (one seed each); but training on without it gained nothing in 25,000 images.
+# 669 at a million (865 in between), recall 0.37, 0.43, 0.35. At 50,000 a convolutional discriminator did about as well,
+# a deeper one no better. Fresh ones tell samples from real images no sooner if twice as large, much sooner without
+# DiffAugment (one seed each); but training on without it gained nothing. What holds it back, we do not know.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
 # depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). A second seed of it had 571
@@ -4250,7 +4250,7 @@ def above_the_training_resolution(seed=0):
 # * `train(replace(config, siren_depth=2))`, as in the paper: in a small model that doubled FRD at 48,000 images.
 # * On a GPU, `lesson` with `batch_size=128`, as `paper` has. Batches of 32 were worse; these we have not tried.
 # * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN).
-#   With R1 and R2 it had FRD 1,158 and 979 at 100,000 images, `smoke` 941 to 1,116: no gain. Without, not tried there.
+#   With R1 and R2 it had FRD 1,158 and 979 at 100,000 images, `smoke` 941 to 1,116: no gain.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**

@@ -167,7 +167,6 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "pairs": (HALF_A_TURN | {"Training": paired(0)}, {"siren_depth": 4}),
     "pairs-0.1": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4}),
     "pairs-1": (HALF_A_TURN | {"Training": paired(1)}, {"siren_depth": 4}),
-    "pairs-0.1-no-bcr": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4, "bcr_real": 0.0, "bcr_fake": 0.0}),
     "stylegan2": ({}, {"discriminator": "stylegan2", "r1": 0.1}),
     "conv-decoder": ({}, {"decoder": "conv"}),
     "classes": ({}, {"classes": True}),
