@@ -135,6 +135,15 @@ def test_attention_caught_is_that_of_the_network(live):
     d.train()
 
 
+def test_the_frame_is_around_the_pixels_of_the_token(live):
+    plt.close("all")
+    grid, p = live.config.grid, live.config.patch_size
+    live.attention_of_a_token(row=grid - 1, column=1, block=1)
+    for axis, side in zip(plt.gcf().axes[:2], (p, 1), strict=True):  # the image, and the map of its tokens
+        (left, right, bottom, top), (frame,) = axis.images[0].get_extent(), axis.patches  # pixel 0 begins at -0.5
+        assert frame.get_xy() == (left + side, bottom - side) and top < frame.get_y() and frame.get_x() + side < right
+
+
 def test_the_figure_shows_what_guessing_leads_to_and_how_steep_the_layers_are(live):
     run = Training(TINY, "cpu")
     for _ in range(3):

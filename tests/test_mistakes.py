@@ -110,6 +110,19 @@ MISTAKES = [
         [("        with torch.no_grad(), self.autocast():\n            z, fake_c =", "        with self.autocast():\n            z, fake_c =")],
     ),
     (
+        "the copies of real and painted images exchanged in the fast step",
+        "test_fast_step_is_the_plain_step",
+        [("real_plain, fake_plain, real_augmented, fake_augmented = logits", "real_plain, fake_plain, fake_augmented, real_augmented = logits")],
+    ),
+    (
+        "the weights of bCR exchanged in the fast step",
+        "test_fast_step_is_the_plain_step",
+        [("consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)",
+          "consistency = balanced_consistency(real_plain, real_augmented, config.bcr_fake)"),
+         ("balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)",
+          "balanced_consistency(fake_plain, fake_augmented, config.bcr_real)")],
+    ),
+    (
         "an average over an exhausted iterator",
         "test_moving_average",
         [("    move(old, new, None)", "    new = iter(new)\n    list(new)\n    move(old, list(new) or old, None)")],
