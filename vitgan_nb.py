@@ -27,7 +27,7 @@
 # | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
 # | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: three million images, ten minutes of an H200. FRD, a distance to real images ([20](#measure)): 384. | What a GPU trains here, after a million images: eight minutes of an H100 that five runs shared. FRD: 665. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
+# | The generator in `weights/`: three million images, ten minutes of an H200. FRD, a distance to real images ([20](#measure)): 384. | What a GPU trains here, after four million images: ten minutes of an H200 that three runs shared. FRD: 408. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -83,7 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On a large GPU take paper and 10 minutes or more: at a million images it is ahead of `lesson` ([22](#found)).
+# On a large GPU `paper` has ended lower than `lesson`, and taken twice the time (FRD 384 and 408, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -365,7 +365,7 @@ PROFILES = {
         steps=2400,
     ),
     "lesson": Config(
-        dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, siren_depth=4, batch_size=64, optimizer="muon",
+        dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, siren_depth=4, batch_size=256, optimizer="muon",
         learning_rate=0.004, bcr_real=1.0, bcr_fake=1.0, minutes=20.0, compile=torch.cuda.is_available(),
     ),
     "paper": Config(
@@ -4211,9 +4211,9 @@ def above_the_training_resolution(seed=0):
 # **What stayed within the seeds.** Two runs that differ in the seed alone can lie 900 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
 # then. These differed by no more than seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the
-# discriminator at real images), bCR's weight from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout,
-# mirrored images, L2 or dot-product attention in the discriminator, improved, plain or no spectral normalisation.
-# Longer runs or larger models may need them. Nor did cheaper steps help, up to 2.3 times as fast (most with one seed).
+# discriminator at real images), losses of pairs (R3GAN), bCR's weight from 0.3 to 10, a learning rate that grows at
+# first, batches of 32, cutout, mirrored images, L2 or dot-product attention, improved, plain or no spectral
+# normalisation, steps up to 2.3 times as cheap (most with one seed). Longer runs or larger models may need them.
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
@@ -4229,10 +4229,12 @@ def above_the_training_resolution(seed=0):
 # DiffAugment nor bCR (one seed each); but 25,000 images more without both gained nothing. The limit is still unknown.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
-# depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). A second seed of it had 571
-# and recall 0.25 at a million images, **384 and 0.45 at three**, after ten minutes of an H200, and still fell, by a
-# fifth with each doubling. `lesson`, two seeds, had 665 and 672 at a million, 0.26 and 0.28; in float16, which a T4
-# needs, it learned alike, to 500,000. In batches of 32, not 64, it was worse from 300,000 on (one seed).
+# depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). Two more runs of it had 571
+# and 632 at a million images; one went on to three, **384 and recall 0.45**, after ten minutes of an H200, still falling
+# by a fifth with each doubling. In `lesson` a step of 256 images takes an H200 no longer than one of 64, as the GPU
+# waits for the CPU. At a million images FRD is alike, 642 and 718 (256), 665 to 703 (64, three seeds), but 256 are there
+# four times sooner: 487 and 637 at two million, **408 and recall 0.44 at four** (one seed). float16, which a T4 needs,
+# learned as bfloat16 does, to 500,000 in batches of 64 (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|
@@ -4240,7 +4242,7 @@ def above_the_training_resolution(seed=0):
 # | L2 attention | distance over $\sqrt d$ | over $d$ | over $\sqrt d$ the class token attends to itself alone at the start ([12](#l2)) |
 # | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, next row |
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` also no cutout | as published code has it; cutout within the seeds |
-# | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 64, `smoke` 16 | `paper` at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
+# | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 256, `smoke` 16 | `paper` at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
 # | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; four modulated layers, in the paper's settings two | 1,358 and 1,193 against 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |
@@ -4252,9 +4254,7 @@ def above_the_training_resolution(seed=0):
 #
 # * Your own images: `DATASET` folder, and their folder in `FOLDER`.
 # * `train(replace(config, siren_depth=2))`, as in the paper: in a small model that doubled FRD at 48,000 images.
-# * On a GPU, `lesson` with `batch_size=128`, as `paper` has. Batches of 32 were worse; these we have not tried.
-# * A pair of real and generated logits, $\mathrm{softplus}(D(G(z)) - D(x))$, in place of two losses (R3GAN), had FRD 973
-#   at 100,000 images (one seed), with R1 at both kinds of images too 1,158 and 979; `smoke` has 941 to 1,116: no gain.
+# * On a large GPU, `paper` with `batch_size=256`: in `lesson` larger batches cost no time. These we have not tried.
 # * Classes: tick `CLASSES`, or `train(replace(config, classes=True))` ([B](#classes)).
 #
 # **References**

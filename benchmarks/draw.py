@@ -35,7 +35,7 @@ def main():
         axis.grid(alpha=0.3)
     for axis in axes[1:]:
         axis.set_ylim(0)
-    figure.legend(loc="outside upper center", ncols=len(runs))
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(flags.figure, dpi=110)
 
 
