@@ -27,7 +27,7 @@
 # | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
 # | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: three million images, ten minutes of an H200. FRD, a distance to real images ([20](#measure)): 384. | What a GPU trains here, after four million images: ten minutes of an H200 that three runs shared. FRD: 408. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
+# | The generator in `weights/`: three million images, ten minutes of an H200 that two runs shared. FRD, a distance to real images ([20](#measure)): 384. | What a GPU trains here, after four million images: ten minutes of an H200 that three runs shared. FRD: 408. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -83,7 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On a large GPU `paper` has ended lower than `lesson`, and taken twice the time (FRD 384 and 408, [22](#found)).
+# On an H200 `lesson` leads for three minutes, to FRD 408; `paper` went on to 384 (one run each, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -781,7 +781,7 @@ class Game:
 
     def __init__(self):
         self.G, self.D, self.saturating = player(2), player(1), False
-        self.optimizer_G, self.optimizer_D = (
+        self.optimizer_G, self.optimizer_D = (  # β₁ = 0: no momentum, as the other player changes all the time
             torch.optim.Adam(network.parameters(), lr=0.002, betas=(0.0, 0.99)) for network in (self.G, self.D)
         )
 
@@ -1047,6 +1047,7 @@ def test_mapping_network():
     mapping, z = MappingNetwork(64, 48, depth=8), torch.randn(256, 64)
     w = mapping(z)
     assert w.shape == (256, 48) and 0.5 < w.square().mean().sqrt() < 2
+    assert all(layer.bias_gain == 0.01 for layer in mapping.layers)  # a hundred times slower
     torch.testing.assert_close(mapping(5 * z), w)
     torch.testing.assert_close(mapping.w_mean, (1 - 0.995**2) * w.mean(0))  # two calls in training mode
     mapping.eval()
@@ -1088,7 +1089,7 @@ def patch_centres(side: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack([x, y], -1).flatten(0, 1)  # (side², 2)
 
 
-def waves(features: int, frequency: float) -> EqualizedLinear:
+def waves(features: int, frequency: float = math.pi / 2) -> EqualizedLinear:
     """A layer from positions (M, 2) to angles (M, features): random plane waves, about `frequency` radians per unit."""
     layer = EqualizedLinear(2, features)
     nn.init.normal_(layer.weight, std=frequency / layer.weight_gain)
@@ -1120,7 +1121,7 @@ class FourierFeatures(nn.Module):
 # @title Picture: waves over the image and over a patch
 @demo
 def waves_over_the_image_and_over_a_patch():
-    features = waves(6, math.pi / 2)(patch_centres(8)).sin().detach().T.reshape(6, 8, 8)
+    features = waves(6)(patch_centres(8)).sin().detach().T.reshape(6, 8, 8)
     inside = FourierFeatures(6)(patch_centres(64)).detach().T.reshape(6, 64, 64)
     _, axes = plt.subplots(2, 6, figsize=(9, 3.2))
     for above, below, feature, fine in zip(*axes, features, inside, strict=True):
@@ -1136,7 +1137,7 @@ def waves_over_the_image_and_over_a_patch():
 @check
 def test_position_embedding_starts_smooth():
     """Position embedding: neighbouring patches start out more alike than distant ones"""
-    h = waves(512, math.pi / 2)(patch_centres(8)).sin().reshape(8, 8, 512)
+    h = waves(512)(patch_centres(8)).sin().reshape(8, 8, 512)
     assert (h[:, 1:] - h[:, :-1]).norm(dim=-1).mean() < 0.8 * (h[:, 4:] - h[:, :-4]).norm(dim=-1).mean()
 
 
@@ -1366,8 +1367,8 @@ def test_attention_is_the_libraries_attention():
 def test_generator_block_is_its_two_equations():
     """Block: both residuals and both halves as in the equations, each half with a norm of its own"""
     block, h, w = GeneratorBlock(24, heads=4, mlp_ratio=4, w_dim=16), torch.randn(2, 7, 24), torch.randn(2, 16)
-    after_attention = h + block.attention(block.norm1(h, w))
-    torch.testing.assert_close(block(h, w), after_attention + block.mlp(block.norm2(after_attention, w)))
+    middle = h + block.attention(block.norm1(h, w))
+    torch.testing.assert_close(block(h, w), middle + block.mlp.down(F.gelu(block.mlp.up(block.norm2(middle, w)))))
     assert block.norm1 is not block.norm2
 
 
@@ -1415,7 +1416,7 @@ class ModulatedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, y_dim: int, demodulate: bool = False):
         super().__init__()
         self.linear = EqualizedLinear(in_features, out_features)
-        self.scale = EqualizedLinear(y_dim, in_features)  # from y_dim to in_features
+        self.scale = EqualizedLinear(y_dim, in_features)  # y -> s
         nn.init.ones_(self.scale.bias)  # modulate around 1
         self.demodulate = demodulate
 
@@ -1553,22 +1554,22 @@ def sine_and_relu_paint_the_same_image():
 
 # %% [markdown]
 # On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 3 at $\omega_0 = 1$, 10 at 3. On the
-# drawing, smooth but for an outline, sines gain nothing over ReLU, and at $\omega_0 = 1$ they lose. At $\omega_0 = 10$
-# the pixels fit and all between them is noise: that is the price. We use 1; in the GAN, 3 was no better.
+# drawing, smooth but for an outline, sines gain little or nothing over ReLU, and at $\omega_0 = 1$ they lose. At
+# $\omega_0 = 10$ the pixels fit and all between them is noise: that is the price. We use 1; in the GAN, 3 was no better.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Check: SIREN
 @check
 def test_siren_paints_one_continuous_patch():
-    """SIREN: the coarse pixels lie on the fine picture, and each patch follows its own vector only"""
+    """SIREN: sines of ω₀ times modulated layers, then RGB; the coarse pixels lie on the fine picture"""
     siren, y = Siren(16, 24, depth=3, omega_0=1.5, demodulate=True).double(), torch.randn(2, 5, 16).double()
     coarse, fine = (siren(y, patch_centres(side).double()) for side in (4, 12))  # (2, 5, 16, 3), (2, 5, 144, 3)
     fine = fine.unflatten(2, (12, 12))[:, :, 1::3, 1::3]  # every third centre is a coarse one
     torch.testing.assert_close(fine.flatten(2, 3), coarse)
-    y[:, 2] += 1
-    changed = (siren(y, patch_centres(4).double()) != coarse).flatten(2).any(2)
-    assert changed.tolist() == [[False, False, True, False, False]] * 2
+    first, second = siren.layers
+    x = torch.sin(1.5 * first(siren.fourier(patch_centres(4).double()), y))
+    torch.testing.assert_close(coarse, siren.rgb(torch.sin(1.5 * second(x, y)), y))
 
 
 # %% [markdown]
@@ -1608,7 +1609,7 @@ def test_patches_to_image_undoes_cutting():
 # 2,698 and 2,631, nothing. $\omega_0$ 3 in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against
 # 1,562 after 36,000 images (one seed). One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377
 # (32,000 images): it paints mosaics. Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830
-# (two seeds), at full contrast 3,847 (one seed); from 25,000 on no difference. The rest is from before.
+# (two seeds), at full contrast 3,847 (one seed); from 25,000 on no difference. The other runs began at full contrast.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1670,7 +1671,7 @@ class Generator(nn.Module):
         self.config, dim = config, config.dim
         mapping = functools.partial(ClassMapping, kinds=kinds) if config.classes else MappingNetwork
         self.mapping = mapping(config.latent_dim, dim, config.mapping_depth)
-        self.position = waves(dim, math.pi / 2)  # about half a turn across the image
+        self.position = waves(dim)  # about half a turn across the image
         self.blocks = nn.ModuleList(
             GeneratorBlock(dim, config.heads, config.mlp_ratio, dim) for _ in range(config.depth)
         )
@@ -1743,10 +1744,10 @@ def an_untrained_generator():
 # @title Check: generator
 @check
 def test_generator():
-    """Generator: one image per latent, near grey, each different, and every weight has a part in it"""
+    """Generator: one image per latent, near grey, each different, its patches too, and every weight has a part in it"""
     generator, z = Generator(TINY).eval(), torch.randn(3, TINY.latent_dim)
     images = generator(z)
-    assert images.shape == (3, 3, 16, 16) and 0.01 < (images[0] - images[1]).abs().mean() < 0.4
+    assert 0.01 < (images[0] - images[1]).abs().mean() < 0.4 and (images[..., :4] - images[..., 4:8]).std() > 0.01
     torch.testing.assert_close(images[1:2], generator(z[1:2]))  # an image depends on its own latent only
     (images * torch.randn(3, 3, 16, 16)).sum().backward()
     assert all(weight.grad.abs().max() > 0 for weight in generator.parameters())
@@ -1853,22 +1854,24 @@ def diff_augment_on_one_image(image=0, strength=1.0):
 def test_diff_augment():
     """DiffAugment: each image its own transformation, gradients pass, shifted and cut as announced"""
     x = torch.rand(1, 3, 16, 16).repeat(64, 1, 1, 1).requires_grad_()  # one image, 64 times
-    for policy in AUGMENTATIONS:
+    for policy in reversed(AUGMENTATIONS):  # colour last
         y = diff_augment(x, policy)
         assert y.shape == x.shape and len(y.detach().unique(dim=0)) > 16, f"{policy} transforms all images alike"
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         assert (gradient.abs().amax((1, 2, 3)) > 0).all(), f"no gradient through {policy}"
+    assert torch.linalg.matrix_rank((y - y.mean(0)).flatten(1), rtol=1e-3) == 3  # brightness, saturation, contrast
     bright = F.pad(torch.ones(64, 3, 1, 1), (8, 7, 8, 7))  # one bright pixel in the middle: where does it go?
     _, _, row, column = diff_augment(bright, "translation").nonzero().T
     assert {*row.tolist()} == {*column.tolist()} == {6, 7, 8, 9, 10}
+    assert 0 in diff_augment(x + 1, "color,translation")  # both are done, and the gap is zeros
     cut = (diff_augment(torch.ones(256, 1, 16, 16), "cutout") == 0).sum((1, 2, 3))
     assert cut.max() == 64 and cut.min() < 64  # 8 × 8, less at the border
 
 
 # %% [markdown]
 # **Exercise.** In `random_color`, draw `torch.rand(3, 1, 1, 1, 1)`, one change for the whole batch. Which ✓ fails?
-# <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. Within a batch, colour could still
-# give generated images away.</details>
+# <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. The mean gradient stays, as each
+# image is judged alone; single steps get noisier.</details>
 #
 # **Measured here.** Without DiffAugment in the adversarial losses: FRD 4,230 and 4,654 against 3,297 and 3,377 (32,000
 # images), worse with both seeds; with cutout beside colour and translation 2,974 and 2,678 against 2,771 and 2,520
@@ -1944,7 +1947,7 @@ def test_overlapping_patches():
     embedding, image = OverlappingPatchEmbedding(patch_size=4, dim=8), torch.randn(1, 3, 16, 16).requires_grad_()
     patches = embedding.cut(image)
     assert patches.shape == (1, 16, 3 * 8 * 8) and embedding(image).shape == (1, 16, 8)
-    torch.testing.assert_close(patches[0, 5].reshape(3, 8, 8), image[0, :, 2:10, 2:10])  # row 1, column 1
+    torch.testing.assert_close(patches[0, 6].reshape(3, 8, 8), image[0, :, 2:10, 6:14])  # row 1, column 2
     (seen,) = torch.autograd.grad(patches.sum(), image)  # in how many patches each pixel is
     assert (seen[:, :, 2:-2, 2:-2] == 4).all() and seen[0, 0, 0, 0] == 1
 
@@ -2022,11 +2025,11 @@ def attention_to_oneself():
 
 
 # %% [markdown]
-# With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$. With several heads, tokens that
-# differ only in directions to which a head's $W_q$ is blind are at distance 0 for that head while their values differ,
-# and the steepness grows again; the check shows both. Kim et al. also multiply the values by $W_qW_q^\top$ of the head,
-# which rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens' length. That
-# limits the steepness of dot-product attention too, so the argument is weaker here than in general.
+# With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$. With several, tokens that are
+# near for a head can lie far apart in directions to which its $W_q$ is blind, and their values too: the farther, the
+# steeper, without limit; the check shows both. Kim et al. also multiply the values by $W_qW_q^\top$ of the head, which
+# rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens' length, but for its
+# learned gain. That limits dot-product attention's steepness too, so the argument is weaker here than in general.
 #
 # What one patch of a real image attends to, before any training: the patch marked in red, $2P \times 2P$ as it is
 # embedded, and its attention in the L2 and in the dot-product form. L2 looks at patches that *look alike*, itself
@@ -2093,7 +2096,7 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 # **Wrong in published code.** The softmax of *plus* the distance, so that a token looks at whatever is least like it;
 # query and key not tied, which undoes the bound; a mean in one term of the distance and a sum in the other.
 #
-# **Exercise.** Turn the sign: `-2 * scale` and `bias = scale * …`. Which ✓ fails, and which patch gets most attention?
+# **Exercise.** Turn the sign: `-2 * scale`, `bias = scale * …`, no `-` in `weights`. Which ✓ fails, who is looked at?
 # <details><summary>Answer</summary>L2 attention's formula. The most distant patch, and the token itself least.</details>
 #
 # **Measured here.** Dot-product attention in its place: FRD 3,364 and 3,417 against 3,297 and 3,377 (32,000 images), no
@@ -2197,9 +2200,9 @@ def test_improved_spectral_norm_starts_exact():
     isn, u = layer.normalise, layer.normalise.u.clone()
     torch.testing.assert_close(isn.sigma_init, torch.linalg.matrix_norm(layer.weight.detach(), ord=2))
     torch.testing.assert_close(isn.eval()(layer.weight), layer.weight)
-    isn(w)
-    assert torch.equal(isn.u, u)
-    isn.train()(w)
+    (gradient,) = torch.autograd.grad(isn(w.requires_grad_()).sum(), w)
+    assert torch.equal(isn.u, u) and (gradient * w).sum().abs() < 1e-3  # a longer w changes nothing
+    isn.train()(w := w.detach())
     torch.testing.assert_close(isn.u, F.normalize(w @ F.normalize(w.T @ u, dim=0), dim=0))
 
 
@@ -2229,9 +2232,9 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # **Wrong in published code.** $\sigma(W_\text{init})$ from one power step off a random vector, which underestimates it;
 # the vectors kept outside `state_dict`; weights wrapped anew, so that the optimizer owns them no longer.
 #
-# **Exercise.** Return `weight / sigma`, as plain spectral normalisation does. Which ✓ fails?
+# **Exercise.** Return `weight.shape[1] ** 0.5 / sigma * weight`: plain spectral normalisation. Which ✓ fails?
 # <details><summary>Answer</summary>The first of this section, and section B's: a layer is no longer itself at the start. The
-# second would pass: σ(<i>W</i>) is held here too, only at 1.</details>
+# second would pass: the layer's steepness is held here too, only at 1.</details>
 #
 # **Measured here.** Plain spectral normalisation, each layer with its gain as steep as 1: FRD 3,493 and 3,575; none:
 # 3,477 and 3,295; as it is 3,297 and 3,377 (32,000 images): no more than seeds differ.
@@ -2308,6 +2311,9 @@ def test_discriminator():
     discriminator, images = Discriminator(TINY).eval(), torch.rand(3, 3, 16, 16) * 2 - 1
     logits = discriminator(images)
     torch.testing.assert_close(logits, torch.cat([discriminator(image[None]) for image in images]))
+    block, h = discriminator.blocks[0], discriminator.tokens(images)
+    middle = h + block.attention(block.norm1(h))
+    torch.testing.assert_close(block(h), middle + block.mlp(block.norm2(middle)))
     logits.square().sum().backward()
     assert all(weight.grad.abs().max() > 0 for weight in discriminator.parameters())
     linear = [m for m in discriminator.modules() if isinstance(m, EqualizedLinear)]
@@ -2566,13 +2572,13 @@ def plain_step(run: Run):
 # @title Check: the step and the average
 @check
 def test_each_half_of_a_step_trains_its_own_network():
-    """Step: both networks move, and the discriminator's half gives the generator no gradient"""
+    """Step: both networks and the average move, and the discriminator's half gives the generator no gradient"""
     run, seen = Run(replace(TINY, optimizer="adam"), *load_images(TINY)), []
     before = copy.deepcopy((run.generator, run.discriminator))
     run.optimizer_d.register_step_pre_hook(lambda *_: seen.extend(p.grad for p in run.generator.parameters()))
     plain_step(run)
     assert seen and all(gradient is None for gradient in seen)
-    for network, old in zip((run.generator, run.discriminator), before, strict=True):
+    for network, old in zip((run.generator, run.discriminator, run.average.module), (*before, before[0]), strict=True):
         assert not any(torch.equal(a, b) for a, b in zip(network.parameters(), old.parameters(), strict=True))
 
 
@@ -3312,7 +3318,7 @@ def load_generator(path: Path | str) -> Generator:
         raise BadInput(f"{path} holds no ViTGAN generator, or no generator of this version ({reason}).") from error
 
 
-RECORD_EVERY, CHECKPOINT_MINUTES, DRAW_SECONDS = 60, 5, 30  # steps (five times that on a GPU), minutes, seconds
+RECORD_EVERY, CHECKPOINT_MINUTES, DRAW_SECONDS = 60, 5, 30  # steps, minutes, seconds
 
 
 @torch.no_grad()
@@ -3636,7 +3642,6 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
         return run
     run.any_process(False)  # wait for each other: all have looked before the first one writes
     keeper.start()
-    record_every = RECORD_EVERY * (5 if run.device.type == "cuda" else 1)
     compiled = run.step + (3 if run.compiles and run is not resume else 0)  # the first steps of a run compile
     compiling, before = 0.0, time.monotonic()
     try:
@@ -3651,7 +3656,7 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
                     compiling += passed
                 if run.step == compiled:
                     keeper.say(f"Compiling took {duration(compiling)}, which do not count.")
-                on_record = run.step % record_every == 0
+                on_record = run.step % RECORD_EVERY == 0
                 if run.world == 1 or on_record:  # several processes agree, and only now and then
                     stopped = run.any_process(bool(interrupts))
                     due = run.any_process(before - keeper.saved > 60 * CHECKPOINT_MINUTES)
@@ -3711,7 +3716,7 @@ def test_fast_step_is_the_plain_step(**other):
             optimizer.register_step_pre_hook(lambda *_, of=weights: found[-1].extend(w.grad.clone() for w in of))
         torch.manual_seed(1)
         with patch.dict(AUGMENTATIONS, color=lambda x: 0.7 * x.roll((1, 2), (2, 3)).flip(1)):  # nothing random
-            step(run)
+            step(run), step(run)  # twice: old gradients must not count
     assert found[0][0][1] > 0.01  # copies differ from their images, so the consistency counts
     assert all((a - b).norm() <= 1e-4 * a.norm() for a, b in zip(*found, strict=True))
 
@@ -3952,9 +3957,9 @@ if LIVE:
 #   clearly of one class, and all classes there?
 #
 # The numbers in "Measured here" are **FRD**: the formula of FID, × 100, on the features of a small network that
-# classifies CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 10,000 samples for 128
-# × 3 (`smoke`'s size), of 2,000 for the small models, where nothing else is said. Fewer raise it: test images have 6,
-# the first 2,000 of them 17. Blurred ones have 2,047.
+# classifies CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 2,000 samples for the
+# small models (96 × 2), of 10,000 for all others, where nothing else is said. Fewer raise it: test images have 6, the
+# first 2,000 of them 17. Blurred ones have 2,047.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4232,9 +4237,9 @@ def above_the_training_resolution(seed=0):
 # depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). Two more runs of it had 571
 # and 632 at a million images; one went on to three, **384 and recall 0.45**, after ten minutes of an H200, still falling
 # by a fifth with each doubling. In `lesson` a step of 256 images takes an H200 no longer than one of 64, as the GPU
-# waits for the CPU. At a million images FRD is alike, 642 and 718 (256), 665 to 703 (64, three seeds), but 256 are there
-# four times sooner: 487 and 637 at two million, **408 and recall 0.44 at four** (one seed). float16, which a T4 needs,
-# learned as bfloat16 does, to 500,000 in batches of 64 (one seed).
+# waits for the CPU (a T4 may not). At a million images FRD is alike, 642 and 718 (256), 665 to 703 (64, three seeds),
+# but 256 are there four times sooner: 487 and 637 at two million, **408 and recall 0.44 at four** (one seed). float16,
+# which a T4 needs, learned as bfloat16 does, to 500,000 in batches of 64 (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|

@@ -166,7 +166,7 @@ def keeping(config: v.Config):
 
 
 def speed(config: v.Config):
-    """`benchmark` for both optimizers, and for four times the batch."""
+    """`benchmark` for both optimizers, and for a batch of 512."""
     for optimizer, batch in (("adam", config.batch_size), ("muon", config.batch_size), ("adam", 512 if GPU else 8)):
         found = v.benchmark(replace(config, compile=True, optimizer=optimizer, batch_size=batch))
         rates = f"{found['train_images_per_s']} images/s, {found['matrix_share']:.0%} of the matrix rate"

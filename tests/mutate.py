@@ -322,16 +322,6 @@ LEFT = {
     ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
     (
         "train",
-        'RECORD_EVERY * (5 if run.device.type == "cuda" else 1)',
-        "(RECORD_EVERY / (5 if run.device.type == 'cuda' else 1))",
-    ): GPU,
-    (
-        "train",
-        'RECORD_EVERY * (5 if run.device.type == "cuda" else 1)',
-        'RECORD_EVERY * (6 if run.device.type == "cuda" else 1)',
-    ): GPU,
-    (
-        "train",
         "before - keeper.saved > 60 * CHECKPOINT_MINUTES",
         "(before - keeper.saved >= 60 * CHECKPOINT_MINUTES)",
     ): "minutes that are up to the last bit of a clock",

@@ -207,7 +207,7 @@ MISTAKES = [
     (
         "exercise: plain spectral normalisation",
         "test_improved_spectral_norm_starts_exact",
-        [("return self.sigma_init / sigma * weight", "return weight / sigma")],
+        [("return self.sigma_init / sigma * weight", "return weight.shape[1] ** 0.5 / sigma * weight")],
     ),
     (
         "the label not joined to the latent",
@@ -323,6 +323,73 @@ MISTAKES = [
         "R1 in the fast step not sixteen times",
         "test_fast_step_is_the_plain_step_with_other_networks",
         [("self.discriminator, weight=R1_EVERY * config.r1)", "self.discriminator, weight=config.r1)")],
+    ),
+    (
+        "no sine in the patch decoder",
+        "test_siren_paints_one_continuous_patch",
+        [("x = torch.sin(self.omega_0 * layer(x, y))", "x = self.omega_0 * layer(x, y)")],
+    ),
+    (
+        "no GELU between the two layers of the MLP",
+        "test_generator_block_is_its_two_equations",
+        [("self.down(F.gelu(self.up(h)))", "self.down(self.up(h))")],
+    ),
+    (
+        "a generator that paints all patches alike",
+        "test_generator",
+        [("self.position = waves(dim)", "self.position = waves(dim, 0.0)")],
+    ),
+    (
+        "a mapping network that learns as fast as the rest",
+        "test_mapping_network",
+        [("lr_multiplier=0.01", "lr_multiplier=1.0")],
+    ),
+    (
+        "position waves of several turns",
+        "test_position_embedding_starts_smooth",
+        [("frequency: float = math.pi / 2)", "frequency: float = 4 * math.pi)")],
+    ),
+    (
+        "the first augmentation only",
+        "test_diff_augment",
+        [("        images = AUGMENTATIONS[name](images)", "        return AUGMENTATIONS[name](images)")],
+    ),
+    (
+        "an augmentation without contrast",
+        "test_diff_augment",
+        [("return middle + (contrast + 0.5) * (x - middle)", "return x")],
+    ),
+    (
+        "what is moved out on one side comes in on the other",
+        "test_diff_augment",
+        [("F.pad(x, [most] * 4)[", 'F.pad(x, [most] * 4, mode="circular")[')],
+    ),
+    (
+        "patches column by column",
+        "test_overlapping_patches",
+        [("images, kernel_size=2 * p, stride=p, padding=p // 2).transpose(1, 2)",
+          "images.mT, kernel_size=2 * p, stride=p, padding=p // 2).transpose(1, 2)"
+          ".unflatten(2, (3, 2 * p, 2 * p)).mT.flatten(2)")],
+    ),
+    (
+        "no gradient through σ",
+        "test_improved_spectral_norm_starts_exact",
+        [("sigma = self.u.clone() @ (weight @ self.v.clone())", "sigma = self.u.clone() @ (weight.detach() @ self.v.clone())")],
+    ),
+    (
+        "no residual in the discriminator's block",
+        "test_discriminator",
+        [("return h + self.mlp(self.norm2(h))  #", "return self.mlp(self.norm2(h))  #")],
+    ),
+    (
+        "an average that never moves",
+        "test_each_half_of_a_step_trains_its_own_network",
+        [("    update_average(run.average, g, config", "    0 and update_average(run.average, g, config")],
+    ),
+    (
+        "old gradients of the plain step not thrown away",
+        "test_fast_step_is_the_plain_step",
+        [("    run.optimizer_d.zero_grad()\n", "")],
     ),
 ]  # fmt: skip
 
