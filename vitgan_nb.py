@@ -58,11 +58,11 @@
 # An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
 # **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, 12 to
-# 15 of them in section 19 (the stored run, beside other work, 16). Or step through: a section is text, a formula, a
-# short cell of code, a picture, and a check that prints a line with a ✓ for each thing that holds. Checks, long figures
-# and the engine are folded; click on a title to open one. `@demo` runs the function below it at once; `LIVE` is true in
-# a notebook. Sections 2 to 17 have an exercise: change the code, run the section again, see what happens (a check that
-# fails ends its cell and is named), and undo it. Skip "Measured here" on a first reading: it speaks of what comes later.
+# 16 of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a check
+# that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on a
+# title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have an
+# exercise: change the code, run the section again, see what happens (a check that fails ends its cell and is named),
+# and undo it. Skip "Measured here" on a first reading: it speaks of what comes later.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
