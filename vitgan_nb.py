@@ -4237,9 +4237,9 @@ def above_the_training_resolution(seed=0):
 # depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). Two more runs of it had 571
 # and 632 at a million images; one went on to three, **384 and recall 0.45**, after ten minutes of an H200, still falling
 # by a fifth with each doubling. In `lesson` a step of 256 images takes an H200 no longer than one of 64, as the GPU
-# waits for the CPU (a T4 may not). At a million images FRD is alike, 642 and 718 (256), 665 to 703 (64, three seeds),
-# but 256 are there four times sooner: 487 and 637 at two million, **408 and recall 0.44 at four** (one seed). float16,
-# which a T4 needs, learned as bfloat16 does, to 500,000 in batches of 64 (one seed).
+# waits for the CPU (a T4 might not). At a million images FRD is alike, 642 and 718 in batches of 256, 665 to 703 in those
+# of 64 (three seeds), but larger batches get there four times sooner: they had 487 and 637 at two million, **408 and
+# recall 0.44 at four** (one seed). float16, which a T4 needs, learned as bfloat16 does, to 500,000 images (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|

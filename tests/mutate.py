@@ -68,7 +68,7 @@ ENGINE = {
 }  # beside section 18
 NOT_EDITED = {  # drawings, file formats, messages, what only a picture uses, what is sent to a GPU
     "draw_shapes", "read_image", "decode", "read_folder", "read_cifar10", "sent", "learn_by_heart", "shape_walk", "gelu_after_the_head",
-    "real_images_from_zero_to_one", "few_images_and_nothing_against_it", "train_small", "keep_freed_memory",
+    "real_images_from_zero_to_one", "neither_diffaugment_nor_bcr", "train_small", "keep_freed_memory",
     "draw_progress", "save_progress", "save_picture", "save_film", "save_program", "plan", "duration", "evaluate", "Weaker",
     "Keeper.draw",
     "Training.images_for_all", "Training.any_process",  # for several processes
