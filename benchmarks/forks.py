@@ -34,6 +34,13 @@ class ScaledByGamma(v.SelfModulatedLayerNorm):
         return gamma * self.norm(h) + beta  # (B, N, D)
 
 
+class CentredTokens(v.SelfModulatedLayerNorm):
+    """What all tokens of an image have in common is taken off before the norm; the style comes in by gamma and beta."""
+
+    def forward(self, h: Tensor, w: Tensor) -> Tensor:
+        return super().forward(h - h.mean(1, keepdim=True), w)  # (B, N, D)
+
+
 class WavesDiscriminator(v.Discriminator):
     """The position embedding starts as plane waves of amplitude 1, not as noise of 0.02."""
 
@@ -179,6 +186,7 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
         {"Training": PenalisedWarmedUpTraining},
         {"bcr_real": 1.0, "bcr_fake": 1.0},
     ),  # the authors', but for 3,000 steps of warm-up
+    "centred-tokens": (HALF_A_TURN | {"SelfModulatedLayerNorm": CentredTokens}, {"siren_depth": 4}),
     "convolutional-stem": (HALF_A_TURN | {"OverlappingPatchEmbedding": ConvolutionalStem}, {"siren_depth": 4}),
     "pairs": (HALF_A_TURN | {"Training": paired(0)}, {"siren_depth": 4}),
     "pairs-0.1": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4}),
