@@ -36,7 +36,8 @@ def load(path: Path) -> v.Generator:
     if path.suffix != ".pt":
         return v.load_generator(path)
     state = v.load_checkpoint(path)
-    average = v.moving_average(v.Generator(v.Config(**state["config"])))
+    kinds = [weight.shape[1] for name, weight in state["average"].items() if name.endswith("embedding.weight")]
+    average = v.moving_average(v.Generator(v.Config(**state["config"]), *kinds))
     average.load_state_dict(state["average"])
     return average.module.eval()
 
@@ -59,6 +60,8 @@ def main():
     parser.add_argument("--n", type=int, default=512, help="styles")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    if flags.n < 2:
+        parser.error("--n must be 2 or more, for parts that differ between styles")
     for path in flags.files:
         print(json.dumps({"file": str(path)} | measure(load(path), flags.n, flags.seed)), flush=True)
 

@@ -22,8 +22,9 @@ def test_each_part_is_found_where_it_was_put():
         assert found[name] == pytest.approx(part.square().mean().sqrt().item(), rel=0.05), name
 
 
-def test_a_line_is_of_the_average(tmp_path):
-    run = v.Training(replace(v.TINY, out_dir=str(tmp_path)), "cpu")
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_line_is_of_the_average(tmp_path, classes):
+    run = v.Training(replace(v.TINY, out_dir=str(tmp_path), classes=classes), "cpu")
     with torch.no_grad():
         run.average.module.blocks[0].mlp.down.weight.mul_(2)
     line = tokens.measure(tokens.load(v.save_checkpoint(run, tmp_path)))
@@ -38,3 +39,10 @@ def test_another_file_is_said_so(tmp_path):
     (tmp_path / "no.pt").write_bytes(b"no")
     with pytest.raises(v.BadInput):
         tokens.load(tmp_path / "no.pt")
+
+
+def test_one_style_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tokens.py", "g.safetensors", "--n", "1"])
+    with pytest.raises(SystemExit):
+        tokens.main()
+    assert "--n must be 2 or more" in capsys.readouterr().err
