@@ -57,8 +57,8 @@
 #
 # An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
-# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, 12 to
-# 16 of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a check
+# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, all but
+# one of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a check
 # that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on a
 # title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have an
 # exercise: change the code, run the section again, see what happens (a check that fails ends its cell and is named),
@@ -1609,7 +1609,7 @@ def test_patches_to_image_undoes_cutting():
 # 2,698 and 2,631, nothing. $\omega_0$ 3 in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against
 # 1,562 after 36,000 images (one seed). One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377
 # (32,000 images): it paints mosaics. Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830
-# (two seeds), at full contrast 3,847 (one seed); from 25,000 on no difference. The other runs began at full contrast.
+# (two seeds), at full contrast 3,847 (one seed); from 50,000 on no difference. The other runs began at full contrast.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4205,8 +4205,8 @@ def above_the_training_resolution(seed=0):
 # <a name="found"></a>
 # ## 22. What we found
 #
-# Most of it is about small models (a generator of a million weights) and few images (200,000 are about an hour of one
-# core), on a CPU. FRD is low where samples are like photographs: test images have 6, blurred ones 2,047. Every table,
+# Most of it is about small models (a generator of a million weights) and few images (200,000 are an hour or a little more
+# of one core), on a CPU. FRD is low where samples are like photographs: test images have 6, blurred ones 2,047. Every table,
 # with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
@@ -4215,7 +4215,7 @@ def above_the_training_resolution(seed=0):
 # ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002
 # is too slow at this length. *Grey images at the start* save the first 8,000 images or so (one control, [8](#patch)).
 #
-# **What stayed within the seeds.** Two runs that differ in the seed alone can lie 900 apart, without bCR 1,650, with
+# **What stayed within the seeds.** Two runs that differ in the seed alone can lie 1,050 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
 # then. These differed by no more than seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the
 # discriminator at real images), losses of pairs (R3GAN), bCR's weight from 0.3 to 10, a learning rate that grows at
