@@ -41,6 +41,14 @@ class CentredTokens(v.SelfModulatedLayerNorm):
         return super().forward(h - h.mean(1, keepdim=True), w)  # (B, N, D)
 
 
+class WithoutBlocks(positions_from(1 / 2)):
+    """No attention and no MLP: the position embedding goes to the last norm as it is."""
+
+    def __init__(self, config: v.Config):
+        super().__init__(config)
+        self.blocks = torch.nn.ModuleList()
+
+
 class WavesDiscriminator(v.Discriminator):
     """The position embedding starts as plane waves of amplitude 1, not as noise of 0.02."""
 
@@ -187,6 +195,7 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
         {"bcr_real": 1.0, "bcr_fake": 1.0},
     ),  # the authors', but for 3,000 steps of warm-up
     "centred-tokens": (HALF_A_TURN | {"SelfModulatedLayerNorm": CentredTokens}, {"siren_depth": 4}),
+    "no-blocks": ({"Generator": WithoutBlocks}, {"siren_depth": 4}),
     "convolutional-stem": (HALF_A_TURN | {"OverlappingPatchEmbedding": ConvolutionalStem}, {"siren_depth": 4}),
     "pairs": (HALF_A_TURN | {"Training": paired(0)}, {"siren_depth": 4}),
     "pairs-0.1": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4}),

@@ -4,6 +4,7 @@
 
 NAME is one of
     dcgan     DCGAN as PyTorch's tutorial builds it (Radford et al. 2016), one level less: 32 × 32
+    vit-dcgan the notebook's generator against DCGAN's discriminator
     sngan     SNGAN's residual networks for 32 × 32 (Miyato et al. 2018, appendix), about half as wide
     flow      a rectified flow (Liu et al. 2022) through a small U-Net, sampled in 25 Euler steps
     smoke     the notebook's profile of that name
@@ -146,6 +147,20 @@ class DCGAN(Peer):
             logits = self.discriminator(fake)
         self.descend(v.generator_loss(logits.float()), self.optimizer_g)  # the same fakes, as in the tutorial
         self.discriminator.requires_grad_(True)
+
+
+class ViTOverDCGAN(DCGAN):
+    """The notebook's generator, which learns with Muon, against DCGAN's discriminator, by its loss; smaller batches."""
+
+    recipe = {"batch_size": 64, "learning_rate": 2e-4, "betas": (0.5, 0.999)}
+
+    def __init__(self, config: v.Config):
+        super().__init__(config)
+        self.optimizer_g = v.Muon(self.generator.parameters(), config)
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        _, discriminator = super().networks()
+        return v.Generator(self.config), discriminator
 
 
 def glorot(layer: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -331,7 +346,14 @@ def with_mistakes(config: v.Config):
     return changed.Training(changed.Config(**asdict(config)))
 
 
-PEERS = {"dcgan": DCGAN, "sngan": SNGAN, "flow": RectifiedFlow, "smoke": v.Training, "mistakes": with_mistakes}
+PEERS = {
+    "dcgan": DCGAN,
+    "vit-dcgan": ViTOverDCGAN,
+    "sngan": SNGAN,
+    "flow": RectifiedFlow,
+    "smoke": v.Training,
+    "mistakes": with_mistakes,
+}
 
 
 def stateful(run) -> dict:

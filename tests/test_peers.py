@@ -20,7 +20,7 @@ import vitgan_nb as v
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    for peer in (peers.DCGAN, peers.SNGAN, peers.RectifiedFlow):
+    for peer in (peers.DCGAN, peers.ViTOverDCGAN, peers.SNGAN, peers.RectifiedFlow):
         monkeypatch.setitem(peer.recipe, "batch_size", 4)
     monkeypatch.setattr(peers.UNet, "euler_steps", 2)
 
