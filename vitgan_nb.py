@@ -1373,17 +1373,17 @@ def test_generator_block_is_its_two_equations():
 
 
 # %% [markdown]
-# **Wrong in published code.** Softmax first and the scale after it, which leaves the attention too sharp and shrinks
-# the output; the scale of the full width $D$, which flattens it. In the block: the MLP's output is computed and thrown
-# away; one norm shared by both halves; the residual taken from $h$ *after* it was overwritten by its normalised self,
-# so that nothing accumulates.
+# **Wrong in published code.** Softmax first and the scale after it: attention too sharp, its output shrunk; the scale
+# of the full width $D$, which flattens it. In the block: the MLP's output is thrown away; one norm for both halves; the
+# residual taken from $h$ *after* it was overwritten by its normalised self, so that nothing accumulates.
 #
-# **Exercise.** Give the block one SLN for both halves, `self.norm2 = self.norm1`. Which ✓ fails, and what can the block
-# no longer do?
+# **Exercise.** Give the block one SLN for both halves, `self.norm2 = self.norm1`. Which ✓ fails, and what is lost?
 # <details><summary>Answer</summary>The block's. Attention and MLP then get the same scale and shift from a style, and
 # cannot be turned up and down apart.</details>
 #
-# **Measured here.** None of these mistakes was trained by itself.
+# **Measured here.** No blocks in the generator, from the positions straight to the last norm: FRD 1,482 after 50,000
+# images, where four runs of `smoke` have 1,242 to 1,478 (one seed). So early, norm and patch decoder paint almost
+# alone. None of the mistakes was trained by itself.
 
 # %% [markdown]
 # <a name="patch"></a>
