@@ -1382,7 +1382,7 @@ def test_generator_block_is_its_two_equations():
 # cannot be turned up and down apart.</details>
 #
 # **Measured here.** No blocks in the generator, from the positions straight to the last norm: FRD 1,482 after 50,000
-# images, where four runs of `smoke` have 1,242 to 1,478 (one seed). So early, norm and patch decoder paint almost
+# images, where four runs of `smoke` have 1,242 to 1,478 (one seed). So early, norm and patch decoder get nearly as far
 # alone. None of the mistakes was trained by itself.
 
 # %% [markdown]
@@ -4205,9 +4205,9 @@ def above_the_training_resolution(seed=0):
 # <a name="found"></a>
 # ## 22. What we found
 #
-# Most of it is about small models (a generator of a million weights) and few images (200,000 are an hour or a little more
-# of one core), on a CPU. FRD is low where samples are like photographs: test images have 6, blurred ones 2,047. Every table,
-# with its command, is in `docs/experiments.md` of the repository.
+# Most of it is about small models (a generator of a million weights) and few images (200,000 are an hour or a little
+# more of one core), on a CPU. FRD is low where samples are like photographs: test images have 6, blurred ones 2,047.
+# Every table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
 # 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579

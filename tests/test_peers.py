@@ -54,6 +54,16 @@ def test_peer_goes_on_as_if_never_interrupted(name, config, tmp_path):
     assert len(np.unique(samples, axis=0)) == 3
 
 
+def test_each_network_against_the_others_learns_at_its_own_rate(config):
+    run = peers.ViTOverDCGAN(config)
+    weights = run.generator.blocks[0].mlp.up.weight, run.discriminator[0].weight
+    before = [weight.detach().clone() for weight in weights]
+    run.train_step()
+    g, d = [(weight - old).square().mean().sqrt().item() for weight, old in zip(weights, before, strict=True)]
+    assert config.learning_rate / 2 < g < 1.25 * config.learning_rate  # Muon; less where directions are hardly there
+    assert d == pytest.approx(2e-4, rel=0.05)  # Adam's first step
+
+
 def test_samples_at_each_mark_and_none_made_twice(config, tmp_path, capsys, monkeypatch):
     clock = itertools.count(0, 30)  # a step takes half a minute
     monkeypatch.setattr(peers.time, "process_time", lambda: next(clock))
