@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vitgan_nb as v
-from benchmarks.ablations import positions_from, save, train_changed
+from benchmarks.ablations import save, train_changed
 from benchmarks.limit import ConvolutionalStem
 
 
@@ -39,6 +39,18 @@ class CentredTokens(v.SelfModulatedLayerNorm):
 
     def forward(self, h: Tensor, w: Tensor) -> Tensor:
         return super().forward(h - h.mean(1, keepdim=True), w)  # (B, N, D)
+
+
+def positions_from(turns: float) -> type[v.Generator]:
+    """A generator whose position embedding starts with waves of about so many turns across the image, not half a one."""
+
+    class Positions(v.Generator):
+        def __init__(self, config: v.Config, *kinds: int):
+            super().__init__(config, *kinds)
+            with torch.no_grad():
+                self.position.weight.mul_(2 * turns)
+
+    return Positions
 
 
 class WithoutBlocks(positions_from(1 / 2)):
