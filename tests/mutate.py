@@ -30,6 +30,7 @@ import tempfile
 import time
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -711,16 +712,20 @@ def main() -> int:
     gc.freeze()  # else every fork goes through all of it
     print(f"{len(todo)} edits, {len(recorded)} tests; the first run took {time.monotonic() - start:.0f} s", flush=True)
     table = collections.defaultdict(collections.Counter)
-    for edit in todo:
+
+    def attempt(edit: Edit) -> tuple[dict[str, float], bool]:
         tests = chosen(edit, recorded)
-        noticed = bool(tests) and in_fork(try_edit, edit, tests) != 0
-        end = "noticed" if noticed else "same" if edit.key in SAME else "missed"
-        if noticed and edit.key in SAME | LEFT and counts[edit.key] == 1:  # some edits look alike
-            stale.append(edit.key)
-        if end == "missed":
-            print(f"{edit}  ({LEFT.get(edit.key, 'missed' if tests else 'no test')})", flush=True)
-        table[edit.part, edit.section][end] += 1
-        table[edit.part, "all"][end] += 1
+        return tests, bool(tests) and in_fork(try_edit, edit, tests) != 0
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for forks
+        for edit, (tests, noticed) in zip(todo, pool.map(attempt, todo), strict=True):
+            end = "noticed" if noticed else "same" if edit.key in SAME else "missed"
+            if noticed and edit.key in SAME | LEFT and counts[edit.key] == 1:  # some edits look alike
+                stale.append(edit.key)
+            if end == "missed":
+                print(f"{edit}  ({LEFT.get(edit.key, 'missed' if tests else 'no test')})", flush=True)
+            table[edit.part, edit.section][end] += 1
+            table[edit.part, "all"][end] += 1
     print(f"\n{'part':9s} {'section':60s} edits same noticed share")
     low = False
     for (part, section), ends in sorted(table.items(), key=lambda row: (row[0][0], row[0][1] == "all")):
