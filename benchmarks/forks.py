@@ -170,6 +170,7 @@ class QuarterTraining(v.Training):
         return v.discriminator_loss(real, fake), consistency
 
 
+AS_MEASURED = {"diff_augment": True}  # as all of these were measured; today's `smoke` has it off
 SMALL = replace(v.PROFILES["smoke"], dim=96, depth=2, heads=6, siren_dim=96, siren_depth=2)
 HALF_A_TURN = {"Generator": positions_from(1 / 2)}
 FORKS = {  # name: (what takes the place of what in the notebook, changes of the configuration)
@@ -238,7 +239,7 @@ def main():
     if any(flags.out.glob(f"{stem}*.npz")) if flags.minutes else all(path(images).exists() for images in flags.images):
         return
     changed, fields = FORKS[flags.name]
-    changed = {"Generator": positions_from(1)} | changed
+    changed, fields = {"Generator": positions_from(1)} | changed, AS_MEASURED | fields
     config = replace((v.PROFILES | {"small": SMALL})[flags.profile], dataset="cifar10", seed=flags.seed, **fields)
     runs = train_changed(config, changed, flags.images, flags.minutes, flags.n)
     for mark, (line, samples) in zip(flags.images, runs, strict=not flags.minutes):

@@ -213,13 +213,13 @@ SAME = {
     ): "no use of it without classes",
     (
         "Training.discriminator_objective",
-        "balanced_consistency(real_plain, real_augmented, config.bcr_real)",
-        "balanced_consistency(real_augmented, real_plain, config.bcr_real)",
+        "balanced_consistency(d_real, d_real_t, config.bcr_real)",
+        "balanced_consistency(d_real_t, d_real, config.bcr_real)",
     ): "a difference is squared",
     (
         "Training.discriminator_objective",
-        "balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)",
-        "balanced_consistency(fake_augmented, fake_plain, config.bcr_fake)",
+        "balanced_consistency(d_fake, d_fake_t, config.bcr_fake)",
+        "balanced_consistency(d_fake_t, d_fake, config.bcr_fake)",
     ): "a difference is squared",
     ("discard_old", "path.stem[-9:]", "path.stem[-10:]"): "a minus before the number, which has as many bits",
     (

@@ -393,7 +393,8 @@ def training_step(run: dict, draws: dict, settings: dict) -> dict:
 
     `run` holds generator, discriminator and average (weights), state_g and state_d (of the optimizers, empty at first)
     and images (seen before this step); it is changed. `draws`: real (B, 3, H, W) in [-1, 1], z_d and z_g (B, Z),
-    augment_d (numbers for B real and then B generated images) and augment_g. Returns losses and gradients.
+    augment_d (numbers for B real and then B generated images) and augment_g, or None where the adversarial losses see the
+    images as they are. Returns losses and gradients.
     """
     paint, judge = settings["generator"], settings["discriminator"]
     descent = {key: settings[key] for key in ("optimizer", "rate", "betas")}
@@ -408,7 +409,8 @@ def training_step(run: dict, draws: dict, settings: dict) -> dict:
     plain_real, plain_fake, turned_real, turned_fake = (
         discriminator(d, x, **judge) for x in (real, fake, both[:b], both[b:])
     )
-    loss_d = discriminator_loss(turned_real, turned_fake)
+    as_they_are = draws["augment_g"] is None
+    loss_d = discriminator_loss(*(plain_real, plain_fake) if as_they_are else (turned_real, turned_fake))
     bcr = consistency(plain_real, turned_real, settings["bcr_real"])
     bcr = bcr + consistency(plain_fake, turned_fake, settings["bcr_fake"])
     gradients_d = gradients_of(loss_d + bcr, d)
@@ -417,7 +419,8 @@ def training_step(run: dict, draws: dict, settings: dict) -> dict:
     g = with_gradients(g)  # the generator's half: the discriminator is a constant
     w = mapping(g, draws["z_g"])
     d = {name: value.detach() for name, value in d.items()}
-    loss_g = generator_loss(discriminator(d, augment(generator(g, w, **paint), draws["augment_g"]), **judge))
+    fake = generator(g, w, **paint)
+    loss_g = generator_loss(discriminator(d, fake if as_they_are else augment(fake, draws["augment_g"]), **judge))
     gradients_g = gradients_of(loss_g, g)
     g = moved(g, gradients_g, run["state_g"], **descent)
     g["mapping.w_mean"] = mean_style(g["mapping.w_mean"], w)

@@ -99,7 +99,15 @@ def test_networks_equal_their_textbook_forms(in_float64, network):
 
 
 @pytest.mark.parametrize(
-    "other", [{}, {"r1": 5.0}, {"discriminator": "stylegan2", "r1": 5.0, "batch_size": 8}, {"decoder": "conv"}], ids=str
+    "other",
+    [
+        {},
+        {"diff_augment": False},
+        {"r1": 5.0},
+        {"discriminator": "stylegan2", "r1": 5.0, "batch_size": 8},
+        {"decoder": "conv"},
+    ],
+    ids=str,
 )
 def test_one_step_equals_the_textbook_step(in_float64, monkeypatch, other):
     """One pass of 4B images, weights normalised once, fused optimizer and average: the same losses and gradients."""

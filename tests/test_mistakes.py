@@ -112,15 +112,15 @@ MISTAKES = [
     (
         "the copies of real and painted images exchanged in the fast step",
         "test_fast_step_is_the_plain_step",
-        [("real_plain, fake_plain, real_augmented, fake_augmented = logits", "real_plain, fake_plain, fake_augmented, real_augmented = logits")],
+        [("d_real, d_fake, d_real_t, d_fake_t = logits", "d_real, d_fake, d_fake_t, d_real_t = logits")],
     ),
     (
         "the weights of bCR exchanged in the fast step",
         "test_fast_step_is_the_plain_step",
-        [("consistency = balanced_consistency(real_plain, real_augmented, config.bcr_real)",
-          "consistency = balanced_consistency(real_plain, real_augmented, config.bcr_fake)"),
-         ("balanced_consistency(fake_plain, fake_augmented, config.bcr_fake)",
-          "balanced_consistency(fake_plain, fake_augmented, config.bcr_real)")],
+        [("        consistency = balanced_consistency(d_real, d_real_t, config.bcr_real)",
+          "        consistency = balanced_consistency(d_real, d_real_t, config.bcr_fake)"),
+         ("return loss, consistency + balanced_consistency(d_fake, d_fake_t, config.bcr_fake)",
+          "return loss, consistency + balanced_consistency(d_fake, d_fake_t, config.bcr_real)")],
     ),
     (
         "an average over an exhausted iterator",

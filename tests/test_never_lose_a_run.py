@@ -246,9 +246,10 @@ def test_other_networks_resume_exactly_and_can_be_exported(tiny, capsys):
 
 
 def test_a_run_keeps_the_folder_that_it_had_before_there_were_other_networks(tiny):
-    assert run_folder(vitgan_nb.PROFILES["smoke"]) == Path("runs/shapes32-d128x3-f51b32")
-    others = [{}, {"decoder": "conv"}, {"discriminator": "stylegan2"}, {"r1": 0.1}]
-    assert len({run_folder(replace(tiny, **other)) for other in others}) == 4
+    smoke = replace(vitgan_nb.PROFILES["smoke"], diff_augment=True)
+    assert run_folder(smoke) == Path("runs/shapes32-d128x3-f51b32")
+    others = [{}, {"decoder": "conv"}, {"discriminator": "stylegan2"}, {"r1": 0.1}, {"diff_augment": False}]
+    assert len({run_folder(replace(tiny, **other)) for other in others}) == 5
 
 
 def test_going_on_from_further_back_keeps_what_it_writes(tiny):
