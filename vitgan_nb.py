@@ -4237,11 +4237,11 @@ def above_the_training_resolution(seed=0):
 # of one core, 1,546 and 1,471 against 1,134 and 1,295, and far ahead after 60: 668 and 643 against 1,012 and 940,
 # recall 0.41 and 0.45 against 0.19 and 0.21.
 #
-# **Where it ends.** Precision is there early, recall late and low. At 200,000 images `smoke` has FRD 873, 986 and 885
-# and recall 0.24, 0.22 and 0.27 (three seeds), where test images have 0.84. One run had 700 at 500,000, 638 at 800,000,
-# 669 at a million (865 in between), recall 0.37, 0.43, 0.35. At 50,000 a convolutional discriminator did about as well,
-# a deeper one no better. Fresh ones tell samples from real images no sooner if twice as large, much sooner with neither
-# DiffAugment nor bCR (one seed each); but 25,000 images more without both gained nothing. The limit is still unknown.
+# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 945 and 860, recall 0.26 and 0.25 at
+# 100,000 images, with DiffAugment in its losses 873, 986 and 885, 0.24, 0.22 and 0.27 at 200,000; test images have
+# 0.84. One run of that kind had 638 and 0.43 at 800,000, 669 and 0.35 at a million. At 50,000 a convolutional
+# discriminator did about as well. Fresh ones tell samples from real images no sooner if twice as large, much sooner
+# with neither DiffAugment nor bCR (one seed each); but 25,000 images more without both gained nothing.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
 # depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). Two more runs of it had 571
