@@ -133,13 +133,13 @@ SAME = {
     ("update_average", "min(half_life, 0.05 * images)", "min(0.05 * images, half_life)"): ORDER,
     (
         "plain_step",
-        "balanced_consistency(d(real, **real_c), d_real_t, config.bcr_real)",
-        "balanced_consistency(d_real_t, d(real, **real_c), config.bcr_real)",
+        "balanced_consistency(d_real, d_real_t, config.bcr_real)",
+        "balanced_consistency(d_real_t, d_real, config.bcr_real)",
     ): "a difference is squared",
     (
         "plain_step",
-        "balanced_consistency(d(fake, **fake_c), d_fake_t, config.bcr_fake)",
-        "balanced_consistency(d_fake_t, d(fake, **fake_c), config.bcr_fake)",
+        "balanced_consistency(d_fake, d_fake_t, config.bcr_fake)",
+        "balanced_consistency(d_fake_t, d_fake, config.bcr_fake)",
     ): "a difference is squared",
     (
         "MatrixMuon.step",
