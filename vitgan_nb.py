@@ -2616,7 +2616,7 @@ def test_moving_average():
 # |---|---|---|
 # | *fake* never falls below −0.17; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
-# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR | [10](#diffaugment), [15](#losses) |
+# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR (the whole `smoke` learned without both too, one seed) | [10](#diffaugment), [15](#losses) |
 
 
 # %%
