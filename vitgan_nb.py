@@ -4237,8 +4237,8 @@ def above_the_training_resolution(seed=0):
 # of one core, 1,546 and 1,471 against 1,134 and 1,295, and far ahead after 60: 668 and 643 against 1,012 and 940,
 # recall 0.41 and 0.45 against 0.19 and 0.21.
 #
-# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 945 and 860, recall 0.26 and 0.25 at
-# 100,000 images, with DiffAugment in its losses 873, 986 and 885, 0.24, 0.22 and 0.27 at 200,000; test images have
+# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 791 and 732, recall 0.29 and 0.30 at
+# 150,000 images, with DiffAugment in its losses 873, 986 and 885, 0.24, 0.22 and 0.27 at 200,000; test images have
 # 0.84. One run of that kind had 638 and 0.43 at 800,000, 669 and 0.35 at a million. At 50,000 a convolutional
 # discriminator did about as well. Fresh ones tell samples from real images no sooner if twice as large, much sooner
 # with neither DiffAugment nor bCR (one seed each); but 25,000 images more without both gained nothing.
