@@ -1885,7 +1885,7 @@ def test_diff_augment():
 # **Measured here.** `smoke` with DiffAugment in the losses too: FRD 1,242 to 1,478, recall 0.08 to 0.13 after 50,000
 # images of CIFAR-10 (four runs); as it is **1,120 and 955, 0.24 and 0.20**. In a smaller model with Adam, which learns
 # far more slowly, it was the other way round: 3,297 and 3,377 with, 4,230 and 4,654 without (32,000 images). Cutout is
-# within the seeds. All other numbers of `smoke` in this notebook are of before, with DiffAugment in its losses.
+# within the seeds. Where not said, other numbers of `smoke` are of before, with DiffAugment in its losses.
 
 # %% [markdown]
 # <a name="overlap"></a>

@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py [--only NAME …] [--images 50000] [--seeds 0 1] [--out runs/ablations]
 
-A run takes 16 to 20 minutes of one CPU core. Each leaves OUT/NAME-IMAGES-SEED.npz, 10,000 samples as uint8
+A run takes 18 to 20 minutes of one CPU core. Each leaves OUT/NAME-IMAGES-SEED.npz, 10,000 samples as uint8
 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON. Runs whose samples are there already are skipped.
 In the end OUT/ablations.jpg shows 30 samples of each, of the first seed.
 """
