@@ -27,7 +27,7 @@
 # | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
 # | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: three million images, ten minutes of an H200 that two runs shared. FRD, a distance to real images ([20](#measure)): 384. | What a GPU trains here, after four million images: ten minutes of an H200 that three runs shared. FRD: 408. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
+# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): @F22. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -83,7 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On an H200 `lesson` leads for three minutes, to FRD 408; `paper` went on to 384 (one run each, [22](#found)).
+# On an H200 `lesson` leads for three minutes, to FRD 393; `paper` went on to @F22 (one run each, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -367,10 +367,11 @@ PROFILES = {
     ),
     "lesson": Config(
         dim=192, depth=3, heads=3, latent_dim=192, siren_dim=192, siren_depth=4, batch_size=256, optimizer="muon",
-        learning_rate=0.004, bcr_real=1.0, bcr_fake=1.0, minutes=20.0, compile=torch.cuda.is_available(),
+        learning_rate=0.004, bcr_real=1.0, bcr_fake=1.0, diff_augment=False, minutes=20.0,
+        compile=torch.cuda.is_available(),
     ),
     "paper": Config(
-        siren_depth=4, optimizer="muon", learning_rate=0.004, bcr_real=1.0, bcr_fake=1.0,
+        siren_depth=4, optimizer="muon", learning_rate=0.004, bcr_real=1.0, bcr_fake=1.0, diff_augment=False,
         compile=torch.cuda.is_available(),
     ),
 }  # fmt: skip
@@ -1779,8 +1780,9 @@ def test_generator():
 # * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
 # * **cutout**: a square of half the side set to zero (mid grey).
 #
-# `smoke`, whose samples you see, has no cutout, and $T$ in the consistency of [section 15](#losses) only: a run so short
-# hardly learns by heart, and learned faster from images as they are.
+# In the paper both networks' adversarial losses see what $T$ made (`diff_augment`). Here only the consistency of
+# [section 15](#losses) does, in all three profiles: runs as short as ours hardly learn by heart, and learned faster
+# from images as they are. `smoke`, whose samples you see, has no cutout.
 
 
 # %%
@@ -1882,10 +1884,11 @@ def test_diff_augment():
 # <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. The mean gradient stays, as each
 # image is judged alone; single steps get noisier.</details>
 #
-# **Measured here.** `smoke` with DiffAugment in the losses too: FRD 1,242 to 1,478, recall 0.08 to 0.13 after 50,000
-# images of CIFAR-10 (four runs); as it is **1,120 and 955, 0.24 and 0.20**. In a smaller model with Adam, which learns
-# far more slowly, it was the other way round: 3,297 and 3,377 with, 4,230 and 4,654 without (32,000 images). Cutout is
-# within the seeds. Where not said, other numbers of `smoke` are of before, with DiffAugment in its losses.
+# **Measured here.** With DiffAugment in the losses, as in the paper, `smoke` has FRD 1,242 to 1,478, recall 0.08 to
+# 0.13 after 50,000 images of CIFAR-10 (four runs), without 1,120 and 955, **0.24 and 0.20**; `paper` after 800,000,
+# on a GPU, 663 and 688, 0.25 and 0.18, without 532, **0.48** (one run). In a smaller model with Adam, which learns
+# far more slowly, it was the other way round: 3,297 and 3,377 with, 4,230 and 4,654 without (32,000 images). Cutout
+# is within the seeds. Where not said, other numbers are of before, with DiffAugment in the losses.
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -3843,6 +3846,11 @@ def thumbnails(images: Tensor) -> Tensor:
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Samples, and the usual five numbers through torch-fidelity
+def latent_stream(seed: int) -> torch.Generator:
+    """The random numbers of a seed's latents; never those that the weights of a run with that seed began with."""
+    return torch.Generator().manual_seed(2**32 - 1 - seed)
+
+
 def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0, label: int | None = None) -> Tensor:
     """`n` images from a generator, (n, 3, H, W), uint8, on the CPU; the same `seed` gives the same, however many.
 
@@ -3861,7 +3869,7 @@ def sample(generator: Generator, n: int, seed: int = 0, truncation: float = 1.0,
             raise BadInput(f"{name} is {value!r}, but must be {accepted}.")
     device, training = next(generator.parameters()).device, generator.training
     dtype = number_format(generator.config.precision, device)
-    rng, images = torch.Generator().manual_seed(seed), []
+    rng, images = latent_stream(seed), []
     lot = max(1, 100 * 32**2 // generator.config.image_size**2)  # images painted at once: 100 of 32 × 32
     generator.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -3991,6 +3999,14 @@ def test_kid_is_its_formula_and_ranks():
 
 
 @check
+def test_latents_are_not_what_the_weights_began_with():
+    """Sample: its latents are like any others to the first weights of a run with the same seed"""
+    run = Run(replace(TINY, latent_dim=64, seed=3), *load_images(TINY))
+    z, rows = torch.randn(100, 64, generator=latent_stream(3)), run.generator.mapping.layers[0].weight
+    assert F.cosine_similarity(z[:, None], rows, dim=2).max() < 0.8
+
+
+@check
 def test_samples_follow_the_seed():
     """Sample: the seed decides, however many are asked for; truncation 0 gives one image"""
     generator = Generator(TINY)
@@ -4020,7 +4036,7 @@ if LIVE:
 # @title How the pictures of this section are drawn
 def latents(generator: nn.Module, n: int, seed: int) -> Tensor:
     """The first `n` latents of a `seed`, (n, latent_dim), on the generator's device."""
-    z = torch.randn(n, generator.config.latent_dim, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(n, generator.config.latent_dim, generator=latent_stream(seed))
     return z.to(generator.mapping.w_mean.device)
 
 
@@ -4218,10 +4234,11 @@ def above_the_training_resolution(seed=0):
 # Every table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
-# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
-# and 5,698 against 3,297 and 3,377, at 32,000. *Slow waves in the position embedding*, half a turn against a whole one:
-# ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: 900 to 1,300 worse without. *The learning rate*: 0.002
-# is too slow at this length. *Grey images at the start* save the first 8,000 images or so (one control, [8](#patch)).
+# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place:
+# 6,579 and 5,698 against 3,297 and 3,377, at 32,000. *Slow waves in the position embedding*, half a turn against a
+# whole one: ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: in small models with Adam 900 to 1,300
+# worse without. *The learning rate*: 0.002 is too slow at this length. *Grey images at the start* save the first
+# 8,000 images or so (one control, [8](#patch)).
 #
 # **What stayed within the seeds.** Two runs that differ in the seed alone can lie 1,050 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
@@ -4244,20 +4261,21 @@ def above_the_training_resolution(seed=0):
 # with neither DiffAugment nor bCR (one seed each); but 25,000 images more without both gained nothing.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
-# depth 4 1,278; with Muon and bCR 1 / 1 too, which is `paper` here, **835** (one seed each). Two more runs of it had 571
-# and 632 at a million images; one went on to three, **384 and recall 0.45**, after ten minutes of an H200, still falling
-# by a fifth with each doubling. In `lesson` a step of 256 images takes an H200 no longer than one of 64, as the GPU
-# waits for the CPU (a T4 might not). At a million images FRD is alike, 642 and 718 in batches of 256, 665 to 703 in those
-# of 64 (three seeds), but larger batches get there four times sooner: they had 487 and 637 at two million, **408 and
-# recall 0.44 at four** (one seed). float16, which a T4 needs, learned as bfloat16 does, to 500,000 images (one seed).
+# depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). Without DiffAugment in the losses, which is
+# `paper` here, it has 492 at a million, not 571 and 632, and at 2.2 million, ten minutes of a shared H200, **@F22 and
+# recall @R22** (one seed). In `lesson` a step of 256 images takes an H200 no longer than one of 64, as the GPU waits
+# for the CPU (a T4 might not). Its two seeds had FRD 659 and 619 at a million, 501 and 450 at two; one had **393 and
+# recall 0.50 at four**. Training images get a logit 0.04 to 0.11 higher than held-out ones by then, with DiffAugment
+# 0.01 or less: much longer runs may want it back. float16, which a T4 needs, learned as bfloat16 does, to 500,000
+# images (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|
 # | SLN | scale γ | 1 + γ | γ = 0 is then LayerNorm; no difference measured |
 # | L2 attention | distance over $\sqrt d$ | over $d$ | over $\sqrt d$, with equalized layers, the class token attends to itself alone at the start ([12](#l2)) |
 # | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, next row |
-# | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; `smoke` in the consistency only, and no cutout | as published code has it; `smoke` at 50,000 images: 1,120 and 955 against 1,242 to 1,478 ([10](#diffaugment)) |
-# | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 256, `smoke` 16 | `paper` at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
+# | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; in the consistency only; in `smoke` no cutout | as published code has it; `smoke` at 50,000 images 1,120 and 955, not 1,242 to 1,478; `paper` at 800,000 532, not 663 and 688 ([10](#diffaugment)) |
+# | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 256, `smoke` 16 | `paper` with DiffAugment at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
 # | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; four modulated layers, in the paper's settings two | 1,358 and 1,193 against 2,771 and 2,520 at 48,000 images |
 # | moving average | yes | half-life 500,000 images, at most 5 % of those seen | 2.5 to 10 % are alike (one seed) |

@@ -381,7 +381,7 @@ def restore(run, path: Path) -> dict:
 @torch.no_grad()
 def sample(run, name: str, n: int) -> np.ndarray:
     """`n` images of the average, uint8 (n, 32, 32, 3)."""
-    rng, batches = torch.Generator().manual_seed(0), []
+    rng, batches = v.latent_stream(0), []
     for start in range(0, n, 100):
         z = torch.randn(min(100, n - start), run.config.latent_dim, generator=rng)  # (100, latent_dim)
         with autocast():

@@ -201,7 +201,7 @@ def test_muon_equals_the_librarys():
 
 def test_samples_and_records_are_in_the_format_of_the_run():
     run = Training(replace(TINY, precision="bfloat16"))
-    network, z = run.average.module, torch.randn(100, 12, generator=torch.Generator().manual_seed(5))[:3]
+    network, z = run.average.module, torch.randn(100, 12, generator=vitgan_nb.latent_stream(5))[:3]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected, half = (
             vitgan_nb.to_uint8(network(z)),

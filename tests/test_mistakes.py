@@ -174,6 +174,11 @@ MISTAKES = [
          ("        torch.manual_seed(config.seed)  # from", "        torch.seed()  # from")],
     ),
     (
+        "latents from the seed that the weights began with",
+        "test_latents_are_not_what_the_weights_began_with",
+        [("manual_seed(2**32 - 1 - seed)", "manual_seed(seed)")],
+    ),
+    (
         "real images always better than noise, by a metric that looks at one side only",
         "test_kid_is_its_formula_and_ranks",
         [(".split(lot) for images in (samples, real))", ".split(lot) for images in (real, real))")],
