@@ -27,7 +27,7 @@
 # | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
 # | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): @F22. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
+# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): 340. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -83,7 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On an H200 `lesson` leads for three minutes, to FRD 393; `paper` went on to @F22 (one run each, [22](#found)).
+# On an H200 `lesson` leads for three minutes, to FRD 393; `paper` went on to 340 (one run each, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -1238,9 +1238,8 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
 # 3,297 and 3,377 (32,000 images), no worse, but its samples show only a few motifs. Plain LayerNorm at the end only:
-# 1,525 against 1,134 and 1,295 (`smoke`, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). With a start of its
-# own for each patch, so that $w$ could say where: 1,649 and 0.11, no gain (one seed). $\gamma$ in place of $1 +
-# \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), within the seeds.
+# 1,525 against 1,134 and 1,295 (`smoke`, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place
+# of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), within the seeds.
 
 # %% [markdown]
 # <a name="block"></a>
@@ -1610,11 +1609,11 @@ def test_patches_to_image_undoes_cutting():
 # patches exchanged. The shapes are still right, which is why nothing else complains.</details>
 #
 # **Measured here.** Depth of the SIREN 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1)
-# after 48,000 images, the largest gain of all that we tried; at 200,000 images it shows in recall alone. Twice as wide:
-# 2,698 and 2,631, nothing. $\omega_0$ 3 in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against
-# 1,562 after 36,000 images (one seed). One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377
-# (32,000 images): it paints mosaics. Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830
-# (two seeds), at full contrast 3,847 (one seed); from 50,000 on no difference. The other runs began at full contrast.
+# after 48,000 images, the largest gain of all that we tried; at 200,000 images it shows in recall alone. $\omega_0$ 3
+# in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed).
+# One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
+# Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830 (two seeds), at full contrast 3,847
+# (one seed); from 50,000 on no difference. The other runs began at full contrast.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1885,10 +1884,9 @@ def test_diff_augment():
 # image is judged alone; single steps get noisier.</details>
 #
 # **Measured here.** With DiffAugment in the losses, as in the paper, `smoke` has FRD 1,242 to 1,478, recall 0.08 to
-# 0.13 after 50,000 images of CIFAR-10 (four runs), without 1,120 and 955, **0.24 and 0.20**; `paper` after 800,000,
-# on a GPU, 663 and 688, 0.25 and 0.18, without 532, **0.48** (one run). In a smaller model with Adam, which learns
-# far more slowly, it was the other way round: 3,297 and 3,377 with, 4,230 and 4,654 without (32,000 images). Cutout
-# is within the seeds. Where not said, other numbers are of before, with DiffAugment in the losses.
+# 0.13 after 50,000 images (four runs), without 1,120 and 955, **0.24 and 0.20**; `paper` after 800,000 663 and 688,
+# 0.25 and 0.18, without 532, **0.48** (one run). In a small model with Adam, far slower, it was the other way round:
+# 3,297 and 3,377 with, 4,230 and 4,654 without (32,000). Other numbers are of before, with it.
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -2342,8 +2340,7 @@ def test_discriminator():
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
 # **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but
-# Adam and batches of 32; one seed). Depth 6 in place of 3: 1,556 after 50,000 images (one seed), where
-# `smoke`, not yet with a grey start, had 1,337 to 1,478 (three).
+# Adam and batches of 32; one seed). Depth 6 in place of 3: 1,556 against 1,337 to 1,478 (`smoke`, 50,000 images).
 
 # %% [markdown]
 # <a name="losses"></a>
@@ -3978,6 +3975,10 @@ if LIVE:
 # classifies CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 2,000 samples for the
 # small models (96 × 2), of 10,000 for all others, where nothing else is said. Fewer raise it: test images have 6, the
 # first 2,000 of them 17. Blurred ones have 2,047.
+#
+# **A mistake of ours.** A seed gives the same numbers to whoever draws first. Latents of seed 0 were rows of the
+# mapping network's first weights, as a run with seed 0 begins: with its own row such a $z$ gives $\lVert z\rVert^2$,
+# √384 times what any other gives, and `paper` painted garish images. So `sample` counts seeds down from $2^{32} - 1$.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4153,8 +4154,8 @@ def truncation(psi=0.5, seed=0):
 # **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
 # norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards being
 # the other ones, as a share of the whole way in pixels; shares need not add up to 100 %. With `weights/` and five pairs
-# of seeds the first block had 30 to 39 %, the last norm 27 to 68 %, the blocks between 2 to 23 %. In a `smoke` of
-# 800,000 images the last norm had 81 to 87 %, a block 2 to 10 %: there most of the style comes in at the very end.
+# of seeds the first block had 24 to 39 %, the last norm 40 to 48 %, the blocks between 6 to 28 %. In a `smoke` of
+# 800,000 images the last norm had 75 to 88 %, a block 4 to 16 %: there most of the style comes in at the very end.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4209,7 +4210,7 @@ def nearest_training_images(seed=0):
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution.
 # Above the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Training asked for
 # pixels' centres only, never where two patches meet. The number is how much larger the step from pixel to pixel is
-# across their border than inside; without seams it is near 1. With `weights/` and five seeds it was 2.5 to 8.3 at 256.
+# across their border than inside; without seams it is near 1. With `weights/` and five seeds it was 1.9 to 4.2 at 256.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4234,18 +4235,18 @@ def above_the_training_resolution(seed=0):
 # Every table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
-# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place:
-# 6,579 and 5,698 against 3,297 and 3,377, at 32,000. *Slow waves in the position embedding*, half a turn against a
-# whole one: ahead with both seeds, by 290 and 310, a hint. *DiffAugment*: in small models with Adam 900 to 1,300
-# worse without. *The learning rate*: 0.002 is too slow at this length. *Grey images at the start* save the first
-# 8,000 images or so (one control, [8](#patch)).
+# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
+# and 5,698 against 3,297 and 3,377, at 32,000. *Slow waves in the position embedding*, half a turn against a whole one:
+# ahead with both seeds, by 290 and 310, a hint. *Images as they are in the losses*, DiffAugment in the consistency
+# only: more variety in all three profiles ([10](#diffaugment)). *The learning rate*: 0.002 is too slow at this length.
+# *Grey images at the start* save the first 8,000 images or so (one control, [8](#patch)).
 #
 # **What stayed within the seeds.** Two runs that differ in the seed alone can lie 1,050 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
 # then. These differed by no more than seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the
 # discriminator at real images), losses of pairs (R3GAN), bCR's weight from 0.3 to 10, a learning rate that grows at
 # first, batches of 32, cutout, mirrored images, L2 or dot-product attention, improved, plain or no spectral
-# normalisation, steps up to 2.3 times as cheap (most with one seed). Longer runs or larger models may need them.
+# normalisation, steps up to 2.3 times as cheap (most with one seed).
 #
 # **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
@@ -4254,20 +4255,16 @@ def above_the_training_resolution(seed=0):
 # of one core, 1,546 and 1,471 against 1,134 and 1,295, and far ahead after 60: 668 and 643 against 1,012 and 940,
 # recall 0.41 and 0.45 against 0.19 and 0.21.
 #
-# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 791 and 732, recall 0.29 and 0.30 at
-# 150,000 images, with DiffAugment in its losses 873, 986 and 885, 0.24, 0.22 and 0.27 at 200,000; test images have
-# 0.84. One run of that kind had 638 and 0.43 at 800,000, 669 and 0.35 at a million. At 50,000 a convolutional
-# discriminator did about as well. Fresh ones tell samples from real images no sooner if twice as large, much sooner
-# with neither DiffAugment nor bCR (one seed each); but 25,000 images more without both gained nothing.
+# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746 and @S1, recall 0.30 and @R1 at
+# 200,000 images, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one run of that kind 638 and 0.43
+# at 800,000. Fresh discriminators tell samples from real images much sooner without DiffAugment and bCR.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
 # depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). Without DiffAugment in the losses, which is
-# `paper` here, it has 492 at a million, not 571 and 632, and at 2.2 million, ten minutes of a shared H200, **@F22 and
-# recall @R22** (one seed). In `lesson` a step of 256 images takes an H200 no longer than one of 64, as the GPU waits
-# for the CPU (a T4 might not). Its two seeds had FRD 659 and 619 at a million, 501 and 450 at two; one had **393 and
-# recall 0.50 at four**. Training images get a logit 0.04 to 0.11 higher than held-out ones by then, with DiffAugment
-# 0.01 or less: much longer runs may want it back. float16, which a T4 needs, learned as bfloat16 does, to 500,000
-# images (one seed).
+# `paper` here, it has 492 at a million, not 571 and 632, and at 2.2 million, ten minutes of a shared H200, **340 and
+# recall 0.57** (one seed). `lesson` had with two seeds FRD 659 and 619 at a million, 501 and 450 at two, with one **393
+# and recall 0.50 at four**. `paper` gives training images logits 0.1 higher than held-out ones by then, with
+# DiffAugment it did not: longer runs may want it back. float16, which a T4 needs, learns like bfloat16.
 #
 # | part | paper | here | why |
 # |---|---|---|---|
