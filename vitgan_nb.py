@@ -83,7 +83,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On an H200 `lesson` leads for three minutes, to FRD 393; `paper` went on to 340 (one run each, [22](#found)).
+# On an H200 `lesson` leads for three minutes, to FRD 426; `paper` went on to 340 (one run each, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -1780,8 +1780,8 @@ def test_generator():
 # * **cutout**: a square of half the side set to zero (mid grey).
 #
 # In the paper both networks' adversarial losses see what $T$ made (`diff_augment`). Here only the consistency of
-# [section 15](#losses) does, in all three profiles: runs as short as ours hardly learn by heart, and learned faster
-# from images as they are. `smoke`, whose samples you see, has no cutout.
+# [section 15](#losses) does, in all three profiles: in runs as short as ours images as they are taught more, and what
+# is learned by heart only begins to show ([22](#found)). `smoke` has no cutout.
 
 
 # %%
@@ -1885,8 +1885,8 @@ def test_diff_augment():
 #
 # **Measured here.** With DiffAugment in the losses, as in the paper, `smoke` has FRD 1,242 to 1,478, recall 0.08 to
 # 0.13 after 50,000 images (four runs), without 1,120 and 955, **0.24 and 0.20**; `paper` after 800,000 663 and 688,
-# 0.25 and 0.18, without 532, **0.48** (one run). In a small model with Adam, far slower, it was the other way round:
-# 3,297 and 3,377 with, 4,230 and 4,654 without (32,000). Other numbers are of before, with it.
+# 0.25 and 0.18, without 532, **0.48** (one run). In a small model with Adam it was the other way round: 3,297 and 3,377
+# with, 4,230 and 4,654 without (32,000 images). Other sections' "Measured here" is with it.
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -2340,26 +2340,26 @@ def test_discriminator():
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
 # **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but
-# Adam and batches of 32; one seed). Depth 6 in place of 3: 1,556 against 1,337 to 1,478 (`smoke`, 50,000 images).
+# Adam and batches of 32; one seed). Depth 6, not 3: 1,556 (one seed) against 1,242 to 1,478 (50,000 images).
 
 # %% [markdown]
 # <a name="losses"></a>
 # ## 15. Losses and consistency
 #
-# The losses are those of [section 3](#game). With logits $D(\cdot)$ and the random transformations $T$ of section 10:
+# The losses are those of [section 3](#game), on images as they are:
 #
-# $$L_D = \mathbb E\,\mathrm{softplus}(-D(T(x))) + \mathbb E\,\mathrm{softplus}(D(T(G(z)))), \qquad
-#   L_G = \mathbb E\,\mathrm{softplus}(-D(T(G(z))))$$
+# $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z))), \qquad
+#   L_G = \mathbb E\,\mathrm{softplus}(-D(G(z)))$$
 #
-# (in `smoke` without the $T$). The discriminator has one more, **balanced consistency regularisation**, bCR (Zhao et
-# al. 2021). An image and its augmented copy show the same thing, so they should get the same logit. It is *balanced*:
-# asked of real and of generated images.
+# (in the paper, and with `diff_augment`, on $T(x)$ and $T(G(z))$, transformed as in [section 10](#diffaugment)). The
+# discriminator has one more, **balanced consistency regularisation**, bCR (Zhao et al. 2021). An image and its
+# transformed copy show the same thing, so they should get the same logit. *Balanced*: real and generated ones.
 #
 # $$L_\text{bCR} = \lambda_\text{real}\,\mathbb E\bigl[(D(x) - D(T(x)))^2\bigr] + \lambda_\text{fake}\,\mathbb E\bigl[(D(G(z)) - D(T(G(z))))^2\bigr]$$
 #
-# $L_D$ asks the copies of a real image to score high; bCR asks them to score the same as the image. The price: with a
-# heavy weight the logits stay close together, because giving every image the same one is perfectly consistent. In the
-# code $\lambda$ is `bcr_real` and `bcr_fake`; the discriminator minimises $L_D + L_\text{bCR}$.
+# $L_D$ asks a real image to score high; bCR asks its copies to score the same. The price: with a heavy weight the
+# logits stay close together, because giving every image the same one is perfectly consistent. In the code $\lambda$ is
+# `bcr_real` and `bcr_fake`; the discriminator minimises $L_D + L_\text{bCR}$.
 
 
 # %%
@@ -2616,7 +2616,7 @@ def test_moving_average():
 # |---|---|---|
 # | *fake* never falls below −0.17; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
-# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR (the whole `smoke` learned without both too, one seed) | [10](#diffaugment), [15](#losses) |
+# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR (this small model has both, in the losses too; the whole `smoke` learned without, one seed) | [10](#diffaugment), [15](#losses) |
 
 
 # %%
@@ -4255,7 +4255,7 @@ def above_the_training_resolution(seed=0):
 # of one core, 1,546 and 1,471 against 1,134 and 1,295, and far ahead after 60: 668 and 643 against 1,012 and 940,
 # recall 0.41 and 0.45 against 0.19 and 0.21.
 #
-# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746 and @S1, recall 0.30 and @R1 at
+# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746 and 680, recall 0.30 and 0.36 at
 # 200,000 images, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one run of that kind 638 and 0.43
 # at 800,000. Fresh discriminators tell samples from real images much sooner without DiffAugment and bCR.
 #
@@ -4263,8 +4263,8 @@ def above_the_training_resolution(seed=0):
 # depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). Without DiffAugment in the losses, which is
 # `paper` here, it has 492 at a million, not 571 and 632, and at 2.2 million, ten minutes of a shared H200, **340 and
 # recall 0.57** (one seed). `lesson` had with two seeds FRD 659 and 619 at a million, 501 and 450 at two, with one **393
-# and recall 0.50 at four**. `paper` gives training images logits 0.1 higher than held-out ones by then, with
-# DiffAugment it did not: longer runs may want it back. float16, which a T4 needs, learns like bfloat16.
+# and recall 0.50 at four**. `paper` gives training images logits 0.1 higher than test images then, half a standard
+# deviation, with DiffAugment none: longer runs may want it. float16 learned like bfloat16 (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|

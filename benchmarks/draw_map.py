@@ -30,7 +30,7 @@ ROWS = [
         ("join", 41, 110, "G", "patches\nto image", [8]), ("fake", 41, 106, "tensor", "image G(z)|(B, 3, 32, 32)", [])]),
     (422, 68, 15, 1, [
         ("real", 0, 106, "tensor", "real image x|(B, 3, 32, 32)", [2]),
-        ("augment", 29, 106, "D", "DiffAugment|of copies only\n(B, 3, 32, 32)", [10]),
+        ("augment", 29, 106, "D", "DiffAugment|adds a copy\nof each image", [10]),
         ("overlap", 24, 116, "D", "overlapping\npatches|8 × 8, every 4 px\n(B, 64, 192)", [11]),
         ("embed", 24, 116, "D", "linear|+ class token\n+ position\n(B, 65, 384)", [11, 13, 14])]),
     (430, 84, 590, 1, [("losses", 0, 245, "tensor", "losses|$L_D$: logit up for x, down for G(z)\n$L_G$: logit up for "

@@ -47,8 +47,8 @@ def measure(generator: v.Generator, n: int = 512, seed: int = 0) -> dict:
     """The parts after each block and after the last norm, for `n` styles."""
     seen = []
     hooks = [block.register_forward_hook(lambda *call: seen.append(parts(call[-1]))) for block in generator.blocks]
-    torch.manual_seed(seed)
-    last = generator.tokens(generator.mapping(torch.randn(n, generator.config.latent_dim)))  # (B, N, D)
+    z = torch.randn(n, generator.config.latent_dim, generator=v.latent_stream(seed))  # (B, latent_dim)
+    last = generator.tokens(generator.mapping(z))  # (B, N, D)
     for hook in hooks:
         hook.remove()
     return {"stream": seen, "norm": parts(last)}
