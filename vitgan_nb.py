@@ -4252,8 +4252,8 @@ def above_the_training_resolution(seed=0):
 # by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
 # 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
 # 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, is behind in FRD after 15 minutes
-# of one core, 1,546 and 1,471 against 1,134 and 1,295, and far ahead after 60: 668 and 643 against 1,012 and 940,
-# recall 0.41 and 0.45 against 0.19 and 0.21.
+# of one core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60: 668 and 643 against 901 and 827, recall
+# 0.41 and 0.45 against 0.32 and 0.27.
 #
 # **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746 and 680, recall 0.30 and 0.36 at
 # 200,000 images, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one run of that kind 638 and 0.43
