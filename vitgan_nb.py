@@ -4005,6 +4005,9 @@ def test_latents_are_not_what_the_weights_began_with():
     run = Run(replace(TINY, latent_dim=64, seed=3), *load_images(TINY))
     z, rows = torch.randn(100, 64, generator=latent_stream(3)), run.generator.mapping.layers[0].weight
     assert F.cosine_similarity(z[:, None], rows, dim=2).max() < 0.8
+    streams = (latent_stream, torch.Generator().manual_seed)
+    ours, plain = ({torch.randint(2**62, (1,), generator=of(seed)).item() for seed in range(100)} for of in streams)
+    assert len(ours) == 100 and not ours & plain
 
 
 @check

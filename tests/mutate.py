@@ -235,6 +235,9 @@ GPU = "on a GPU only"
 BOTH_NAMES = "PyTorch 2.14 takes both names"
 LEFT = {
     ("epoch_order", "seed * 1_000_003 + epoch", "(seed * 1000003 - epoch)"): AS_GOOD,
+    ("latent_stream", "2**32", "3**32"): AS_GOOD,
+    ("latent_stream", "2**32", "2**33"): AS_GOOD,
+    ("latent_stream", "2**32 - 1", "2**32 - 2"): AS_GOOD,
     ("epoch_order", "seed * 1_000_003", "seed * 1000004"): AS_GOOD,
     ("Run.__init__", "torch.randn(64, config.latent_dim)", "torch.randn(65, config.latent_dim)"): AS_GOOD,
     (
