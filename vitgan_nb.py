@@ -62,7 +62,14 @@
 # that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on a
 # title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have an
 # exercise: change the code, run the section again, see what happens (a check that fails ends its cell and is named),
-# and undo it. Skip "Measured here" on a first reading: it speaks of what comes later.
+# and undo it.
+#
+# **Measured here**, at the end of a section, is what a change to it did when we trained; skip it on a first reading.
+# *FRD* is a distance to real images: test images have 6, blurred ones 2,047, and two runs that differ in the seed alone
+# can lie 1,050 apart. *Recall* is the share of real images that lie among the samples ([20](#measure)). Unless said
+# otherwise it is CIFAR-10, with DiffAugment in the losses and at full contrast at the start, in a small model of two
+# blocks and tokens 96 wide: at 48,000 images with Muon and a SIREN of depth 2, at 36,000 with Muon and depth 4, at
+# 32,000 with Adam and depth 2.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -83,7 +90,7 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On an H200 `lesson` leads for three minutes, to FRD 426; `paper` went on to 340 (one run each, [22](#found)).
+# On an H200 `paper` overtakes `lesson` after three minutes (one run each, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -433,7 +440,7 @@ def real_batch(images: Tensor, indices: Tensor, device: torch.device | None = No
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Where images come from: shapes, a folder, CIFAR-10; and which make up batch t
+# @title Shapes; which images make up batch t
 SHAPES = {  # signed distances in the shape's own frame: negative inside, positive outside
     "disc": lambda u, v: torch.hypot(u, v) - 0.8,
     "ring": lambda u, v: (torch.hypot(u, v) - 0.65).abs() - 0.2,
@@ -476,6 +483,21 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0) -> Tensor:
     return torch.cat(images)
 
 
+@functools.lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) in which an epoch visits the images."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Indices (B,) of the images of one batch: each epoch visits all `n` images once, in an order of its own."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    return torch.cat([epoch_order(n, seed, e)[positions[epochs == e] % n] for e in epochs.unique().tolist()])
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Where images come from: a folder, CIFAR-10, shapes
 def read_image(path: Path, size: int) -> tuple[Tensor, str]:
     """One image file as uint8 (3, size, size), and what had to be done to it ("" for a plain RGB image).
 
@@ -682,19 +704,6 @@ def room_for_images(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else math.inf
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order (n,) in which an epoch visits the images."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Indices (B,) of the images of one batch: each epoch visits all `n` images once, in an order of its own."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // n
-    return torch.cat([epoch_order(n, seed, e)[positions[epochs == e] % n] for e in epochs.unique().tolist()])
-
-
 # %% tags=["nbval-ignore-output"]
 if LIVE:
     train_images, held_out_images, *_ = load_images(config)
@@ -737,10 +746,8 @@ def test_batches_visit_every_image_once_per_epoch():
 # **Exercise.** In `to_float`, divide by 255 and subtract nothing. Which ✓ fails?
 # <details><summary>Answer</summary>The first of this section: black is 0 then, not −1.</details>
 #
-# **Measured here.** Without mirroring, FRD (a distance to real images, lower is better, [section 20](#measure)) was
-# 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): no more than seeds differ. Unless said otherwise
-# the model is small, two blocks with tokens 96 wide: at 48,000 images with Muon and a SIREN of depth 2; at 36,000 with
-# Muon and depth 4; at 32,000 with Adam and depth 2.
+# **Measured here.** Without mirroring FRD was 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): no
+# more than seeds differ.
 
 # %% [markdown]
 # <a name="game"></a>
@@ -812,7 +819,7 @@ def play(game: Game, turns: int) -> list[tuple[float, float]]:
 
 # %% [markdown]
 # Dots: black real, orange generated. Colour: what $D$ makes of every place, from blue, surely fake, over white, a mere
-# guess, to red, surely real. At the end the circle is nearly white: generated points lie there too.
+# guess, to red, surely real. At the end the eight places are nearly white: generated points lie there too.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -884,7 +891,7 @@ def the_saturating_loss_stalls():
                     play(game, 10)
                 axis.semilogy(range(0, 300, 10), distances, style)
     for axis, title in zip(axes[1:], ("gradient descent, three seeds", "Adam, three seeds"), strict=True):
-        axis.set(title=title, xlabel="turn", ylabel="distance from the real points", ylim=(0.003, 20))
+        axis.set(title=title, xlabel="turn", ylabel="energy distance to the real points", ylim=(0.003, 20))
     figure.tight_layout()
     plt.show()
 
@@ -1067,7 +1074,7 @@ def test_mapping_network():
 # after eight layers <i>w</i> has about a sixteenth of its size, and modulates a sixteenth as much.</details>
 #
 # **Measured here.** A mapping network as fast as all else, $m = 1$: FRD 1,403 after 8 minutes of one core (one seed),
-# `smoke` itself 1,457 and 1,401: no difference. Equalized layers were not taken out.
+# `smoke` with DiffAugment in its losses 1,457 and 1,401: no difference. Equalized layers were not taken out.
 
 # %% [markdown]
 # <a name="waves"></a>
@@ -1081,9 +1088,10 @@ def test_mapping_network():
 #
 # Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. In $h_0$, $v$ is a
 # patch's centre in the image, and the waves start with about half a turn across the image, so that neighbouring patches
-# start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start with an eighth of a turn across the
-# patch: nearly straight, at first they say little more than raw coordinates. Training may make them faster; to start
-# faster did worse (below). The pixels of all patches are in the same places: their features are computed once per pass.
+# start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start slow, with an eighth of a turn
+# across the patch: at first they say little more than raw coordinates. What is sharp in a patch comes from the sines of
+# the decoder ([8](#patch)) and from training, which may make these waves faster. To start faster did worse (below). The
+# pixels of all patches are in the same places: their features are computed once per pass.
 
 
 # %%
@@ -1135,15 +1143,19 @@ def waves_over_the_image_and_over_a_patch():
         below.imshow(fine, cmap="RdBu", vmin=-1, vmax=1, extent=(0, 4, 4, 0))
         below.set(xticks=range(5), yticks=range(5), xticklabels=[], yticklabels=[])
         below.grid(color="k", linewidth=0.5)
+    axes[0, 0].set_title("position embedding, 8 × 8 patches of an image", loc="left", fontsize=10)
+    axes[1, 0].set_title("Fourier features, 4 × 4 pixels of a patch", loc="left", fontsize=10)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Check: waves
 @check
 def test_position_embedding_starts_smooth():
-    """Position embedding: neighbouring patches start out more alike than distant ones"""
+    """Position embedding: half a turn across the image, so that neighbours start out more alike than distant patches"""
     h = waves(512)(patch_centres(8)).sin().reshape(8, 8, 512)
     assert (h[:, 1:] - h[:, :-1]).norm(dim=-1).mean() < 0.8 * (h[:, 4:] - h[:, :-4]).norm(dim=-1).mean()
+    left, right = waves(4096)(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    assert 0.45 < (right - left).std() / (2 * math.pi) < 0.55
 
 
 @check
@@ -1179,7 +1191,8 @@ def test_fourier_features_tell_pixels_apart():
 # $w$ cannot say *"an eye goes here"*. It turns features up and down; the position embedding decides where they matter.
 #
 # The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, which is plain LayerNorm at
-# $\gamma = \beta = 0$.
+# $\gamma = \beta = 0$. Training does not start there: the layer is equalized, so $\gamma$ and $\beta$ begin with size
+# 1, and a style turns features up, down or over from the first step.
 
 
 # %%
@@ -1238,8 +1251,8 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 #
 # **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
 # 3,297 and 3,377 (32,000 images), no worse, but its samples show only a few motifs. Plain LayerNorm at the end only:
-# 1,525 against 1,134 and 1,295 (`smoke`, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place
-# of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), within the seeds.
+# 1,525 against 1,134 and 1,295 (`smoke` with DiffAugment in its losses, 15 minutes), recall 0.01 against 0.13 and 0.10
+# (one seed). $\gamma$ in place of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), alike.
 
 # %% [markdown]
 # <a name="block"></a>
@@ -1386,8 +1399,8 @@ def test_generator_block_is_its_two_equations():
 # cannot be turned up and down apart.</details>
 #
 # **Measured here.** No blocks in the generator, from the positions straight to the last norm: FRD 1,482 after 50,000
-# images, where four runs of `smoke` have 1,242 to 1,478 (one seed). So early, norm and patch decoder get nearly as far
-# alone. None of the mistakes was trained by itself.
+# images, where four runs of `smoke` with DiffAugment in its losses have 1,242 to 1,478 (one seed). So early, norm and
+# patch decoder get nearly as far alone. None of the mistakes was trained by itself.
 
 # %% [markdown]
 # <a name="patch"></a>
@@ -1559,7 +1572,7 @@ def sine_and_relu_paint_the_same_image():
 # %% [markdown]
 # On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 3 at $\omega_0 = 1$, 10 at 3. On the
 # drawing sines gain nothing, and lose at 1 and 10. At 10 all between the pixels is noise: these sines start too steep;
-# with weights divided by $\omega_0$ at the start (Sitzmann et al. 2020) there is none. In the GAN 3 was no better than 1.
+# with weights divided by $\omega_0$ at the start (Sitzmann et al. 2020) there is none. In the GAN 3 was not better.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1613,49 +1626,7 @@ def test_patches_to_image_undoes_cutting():
 # in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed).
 # One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
 # Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830 (two seeds), at full contrast 3,847
-# (one seed); from 50,000 on no difference. The other runs began at full contrast.
-
-
-# %% cellView="form" jupyter={"source_hidden": true}
-# @title Classes, where they are wanted: section B tells of them
-class ClassEmbedding(EqualizedLinear):
-    """Labels (B,) -> one learned vector for each, (B, dim), of unit mean square at the start.
-
-    An equalized layer of the label's one-hot vector, that scaled to unit mean square: column `label` of the weight.
-    """
-
-    def __init__(self, kinds: int, dim: int):
-        super().__init__(kinds, dim, bias=False)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return F.embedding(labels, self.normalise(self.weight).T)  # (B, dim)
-
-
-class ClassMapping(MappingNetwork):
-    """Latent z joined to the embedded label -> style w (Mirza & Osindero 2014; joined as in Karras et al. 2020a's code).
-
-    `z` of shape (B, latent_dim) and `labels` of shape (B,), from 0 to `kinds` − 1, give `w` of shape (B, w_dim).
-    Without labels the classes come in turn.
-    """
-
-    def __init__(self, latent_dim: int, w_dim: int, depth: int, kinds: int):
-        super().__init__(2 * latent_dim, w_dim, depth)
-        self.kinds, self.embedding = kinds, ClassEmbedding(kinds, latent_dim)
-
-    def forward(self, z: Tensor, truncation: float = 1.0, labels: Tensor | None = None) -> Tensor:
-        e = self.embedding(torch.arange(z.shape[0], device=z.device) % self.kinds if labels is None else labels)
-        e = e * torch.rsqrt(e.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
-        return super().forward(torch.cat([z, e], 1), truncation)  # (B, w_dim)
-
-
-class Projection(ClassEmbedding):
-    """What the label adds to the logit: its vector times the features `h` (Miyato & Koyama 2018, Equation 4).
-
-    `h` of shape (B, dim) and `labels` of shape (B,) give (B,). Over √dim, or it would drown the head's unit-size logit.
-    """
-
-    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
-        return (super().forward(labels) * h).sum(1) / math.sqrt(h.shape[1])  # (B,)
+# (one seed); from 50,000 on no difference.
 
 
 # %% [markdown]
@@ -1706,7 +1677,7 @@ class Generator(nn.Module):
 
 
 # %% [markdown]
-# **A shape walk.** One batch of two latents goes through a generator of the paper's size; its main parts print what they return.
+# **A shape walk.** Two latents go through a generator of the paper's size; its main parts print what they return.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1751,7 +1722,7 @@ def test_generator():
     """Generator: one image per latent, near grey, no two alike nor two patches, and every weight has a part in it"""
     generator, z = Generator(TINY).eval(), torch.randn(3, TINY.latent_dim)
     images = generator(z)
-    assert images.shape == (3, 3, 16, 16) and images.abs().mean() < 0.4
+    assert images.shape == (3, 3, 16, 16) and images.abs().mean() < 0.15
     for parts in (images.flatten(1), F.unfold(images, 4, stride=4).mT):  # images, then the 16 patches of each
         assert F.pdist(parts.reshape(-1, parts.shape[-1])).min() > 0.001 * parts.shape[-1] ** 0.5
     torch.testing.assert_close(images[1:2], generator(z[1:2]))  # an image depends on its own latent only
@@ -1779,9 +1750,10 @@ def test_generator():
 # * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
 # * **cutout**: a square of half the side set to zero (mid grey).
 #
-# In the paper both networks' adversarial losses see what $T$ made (`diff_augment`). Here only the consistency of
-# [section 15](#losses) does, in all three profiles: in runs as short as ours images as they are taught more, and what
-# is learned by heart only begins to show ([22](#found)). `smoke` has no cutout.
+# In the paper the losses of both networks see only $T(x)$ and $T(G(z))$ (`diff_augment=True`). In our three profiles
+# the losses see the images themselves, and $T$ serves a second term of the discriminator alone, the *consistency*
+# ([15](#losses)): an image and its transformed copy should get the same logit. In runs as short as ours the networks
+# learned more that way (below), and learning by heart only begins to show ([22](#found)). `smoke` has no cutout.
 
 
 # %%
@@ -1827,8 +1799,9 @@ def diff_augment(images: Tensor, policy: str) -> Tensor:
 
 
 # %% [markdown]
-# One image, eight times through each operation and through all three. You still see what it is; a discriminator that
-# had learned pixels by heart would not. The slider `strength` pulls all random numbers to the middle of their range.
+# One image, and seven times what each operation and all three make of it. You still see what it is; a discriminator
+# that had learned pixels by heart would not. The slider `strength` pulls all random numbers to the middle of their
+# range.
 
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
@@ -1855,7 +1828,8 @@ def diff_augment_on_one_image(image=0, strength=1.0):
     for axis, policy in zip(axes, (*AUGMENTATIONS, ",".join(AUGMENTATIONS)), strict=True):
         with Weaker(strength):
             augmented = diff_augment(images, policy)
-        show_images(augmented, f"{policy.replace(',', ' + ')}, strength {strength:g}", axis=axis)
+        shown = torch.cat([images[:1], augmented[1:]])
+        show_images(shown, f"as it is, then {policy.replace(',', ' + ')}, strength {strength:g}", axis=axis)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1870,6 +1844,11 @@ def test_diff_augment():
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         assert (gradient.abs().amax((1, 2, 3)) > 0).all(), f"no gradient through {policy}"
     assert torch.linalg.matrix_rank((y - y.mean(0)).flatten(1), rtol=1e-3) == 3  # brightness, saturation, contrast
+    grey, red = torch.tensor([[1.0, 1, 1], [1, -1, 0]])[:, None, :, None, None].expand(2, 4096, 3, 1, 2)
+    y, hue = random_color(grey * torch.tensor([1.0, -1.0])), random_color(red)  # (4096, 3, 1, 2), each of mean 0
+    seen = y.mean((1, 2, 3)), (y[:, 0, 0, 0] - y[:, 0, 0, 1]) / 2, (hue[:, 0] - hue[:, 1]) / 2
+    for values, low, high in zip(seen, (-0.5, 0.5, 0), (0.5, 1.5, 3), strict=True):  # the last: saturation · contrast
+        assert low - 1e-5 < values.min() < low + 0.05 and high - 0.3 < values.max() < high + 1e-5
     bright = F.pad(torch.ones(64, 3, 1, 1), (8, 7, 8, 7))  # one bright pixel in the middle: where does it go?
     _, _, row, column = diff_augment(bright, "translation").nonzero().T
     assert {*row.tolist()} == {*column.tolist()} == {6, 7, 8, 9, 10}
@@ -1886,7 +1865,7 @@ def test_diff_augment():
 # **Measured here.** With DiffAugment in the losses, as in the paper, `smoke` has FRD 1,242 to 1,478, recall 0.08 to
 # 0.13 after 50,000 images (four runs), without 1,120 and 955, **0.24 and 0.20**; `paper` after 800,000 663 and 688,
 # 0.25 and 0.18, without 532, **0.48** (one run). In a small model with Adam it was the other way round: 3,297 and 3,377
-# with, 4,230 and 4,654 without (32,000 images). Other sections' "Measured here" is with it.
+# with, 4,230 and 4,654 without (32,000 images).
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -1974,9 +1953,10 @@ def test_overlapping_patches():
 # ## 12. L2 attention: tokens compared by distance
 #
 # A discriminator whose output can change without bound for a small change of the image gives the generator useless
-# gradients. One wants it Lipschitz: $|D(x) - D(x')| \le L\,\|x - x'\|$. Linear layers can be kept so (next section),
-# LayerNorm by its $\epsilon$. Dot-product attention cannot: its logits are products of two tokens, the larger the
-# steeper (Kim et al. 2021). The remedy is to compare tokens by **distance**, with **query and key from one matrix**:
+# gradients. One wants it Lipschitz: $|D(x) - D(x')| \le L\,\|x - x'\|$. Linear layers can be kept so (next section).
+# LayerNorm is so by itself, as it never divides by less than $\sqrt\epsilon$. Dot-product attention is not: its logits
+# are products of two tokens, the larger the steeper (Kim et al. 2021). The remedy is to compare tokens by **distance**,
+# with **query and key from one matrix**:
 #
 # $$S_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q = h\,W_q$$
 #
@@ -2014,11 +1994,11 @@ class L2Attention(nn.Module):
 
 
 # %% [markdown]
-# **Why over $d$.** The paper divides by $\sqrt d$. For normalised tokens, and a $W_q$ that keeps their size as ours does,
-# the squared distance to another token is about $2d$ and to oneself 0, so the others start $2\sqrt d$ behind: at $d =
-# 64$ a factor of $e^{-16}$ each. The class token of section 14 then attends to itself, nothing of the image reaches the
-# logit, and section 13 *keeps* the scale of $W_q$ where it began. Over $d$ the others start 2 behind. Below, the share
-# of its attention that a token gives to itself, at the paper's width, before training.
+# **Why over $d$.** The paper divides by $\sqrt d$. For normalised tokens, and a $W_q$ that keeps their size as ours
+# does, the squared distance to another token is about $2d$ and to oneself 0, so the others start $2\sqrt d$ behind: at
+# $d = 64$ a factor of $e^{-16}$ each. The class token of section 14 then attends to itself, nothing of the image
+# reaches the logit, and section 13 *keeps* the scale of $W_q$ where it began. Over $d$ the others start 2 behind.
+# Below, the share of its attention that a token gives to itself, at the paper's width, before training.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2034,11 +2014,12 @@ def attention_to_oneself():
 
 
 # %% [markdown]
-# With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$. With several it is not. To some
-# directions the $W_q$ of a head is blind: tokens that differ in them alone are equal to it, however far apart their
-# values are. The farther, the steeper: the check tries it. Kim et al. also multiply the values by $W_qW_q^\top$ of
-# the head, which rules this out; ViTGAN leaves it out. Here the LayerNorm before the attention limits the tokens'
-# length, but for its gain. That limits dot-product attention too, so the argument is weaker here than in general.
+# With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$, as long as $W_q$ is invertible.
+# With several it is not: the $W_q$ of a head makes $d$ numbers of $D$ and is blind to some directions. Tokens that
+# differ in these alone are equal to it, however far apart their values are. The farther, the steeper: the check tries
+# it. Kim et al. also multiply the values by $W_qW_q^\top$ of the head, which rules this out; ViTGAN leaves it out. Here
+# the LayerNorm before the attention limits the tokens' length, but for its gain. That limits dot-product attention too,
+# so the argument is weaker here than in general.
 #
 # What one patch of a real image attends to, before any training: the patch marked in red, $2P \times 2P$ as it is
 # embedded, and its attention in the L2 and in the dot-product form. L2 looks at patches that *look alike*, itself
@@ -2191,7 +2172,8 @@ def spectrum_before_and_after_training():
                 optimizer.zero_grad()
                 (-(layer(torch.randn(256, 64)) @ wanted).square().mean()).backward()
                 optimizer.step()
-            values = torch.linalg.svdvals(layer.eval().normalise(layer.weight).detach() / 8)[:32]
+            matrix = layer.eval().normalise(layer.weight) * layer.weight_gain  # what the input is multiplied by
+            values = torch.linalg.svdvals(matrix.detach())[:32]
             axis.semilogy(values, "o-", markersize=3, label=label)
             layer.train()
         axis.set(title="improved spectral norm" if normalise else "plain", xlabel="number, largest first")
@@ -2241,9 +2223,10 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # **Wrong in published code.** $\sigma(W_\text{init})$ from one power step off a random vector, which underestimates it;
 # the vectors kept outside `state_dict`; weights wrapped anew, so that the optimizer owns them no longer.
 #
-# **Exercise.** Return `weight.shape[1] ** 0.5 / sigma * weight`: plain spectral normalisation. Which ✓ fails?
-# <details><summary>Answer</summary>The first of this section, and section B's: a layer is no longer itself at the start. The
-# second would pass: the layer's steepness is held here too, only at 1.</details>
+# **Exercise.** Return `weight.shape[1] ** 0.5 / sigma * weight`: plain spectral normalisation (the root undoes the
+# $1/\sqrt{n_\text{in}}$ of the equalized layer). Which ✓ fails? <details><summary>Answer</summary>The first of this
+# section, and section B's: a layer is no longer itself at the start. The second would pass: the layer's steepness is
+# held here too, only at 1.</details>
 #
 # **Measured here.** Plain spectral normalisation, each layer with its gain as steep as 1: FRD 3,493 and 3,575; none:
 # 3,477 and 3,295; as it is 3,297 and 3,377 (32,000 images): no more than seeds differ.
@@ -2340,7 +2323,8 @@ def test_discriminator():
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
 # **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but
-# Adam and batches of 32; one seed). Depth 6, not 3: 1,556 (one seed) against 1,242 to 1,478 (50,000 images).
+# Adam and batches of 32; one seed). In `smoke` with DiffAugment in its losses, depth 6, not 3: 1,556 (one seed) against
+# 1,242 to 1,478 (50,000 images).
 
 # %% [markdown]
 # <a name="losses"></a>
@@ -2431,8 +2415,8 @@ def test_balanced_consistency():
 #
 # The second formula is a ramp-up (Karras et al. 2020a): early on the average must not drag the past along.
 #
-# In the code below `run.latents(n)` draws $z$, and `run.count` adds up losses for the log; labels (`c`) and R1, of
-# sections B and A, are off.
+# In the code below `run.next_batch` gives the real images, `run.latents(n)` draws $z$, and `run.count` adds up losses
+# for the log; labels (`c`) and `run.penalty`, of sections B and A, are off.
 
 
 # %%
@@ -2455,6 +2439,48 @@ def update_average(average: nn.Module, generator: nn.Module, half_life: float, b
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
+# @title Classes, where they are wanted: section B tells of them
+class ClassEmbedding(EqualizedLinear):
+    """Labels (B,) -> one learned vector for each, (B, dim), of unit mean square at the start.
+
+    An equalized layer of the label's one-hot vector, that scaled to unit mean square: column `label` of the weight.
+    """
+
+    def __init__(self, kinds: int, dim: int):
+        super().__init__(kinds, dim, bias=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return F.embedding(labels, self.normalise(self.weight).T)  # (B, dim)
+
+
+class ClassMapping(MappingNetwork):
+    """Latent z joined to the embedded label -> style w (Mirza & Osindero 2014; joined as in Karras et al. 2020a's code).
+
+    `z` of shape (B, latent_dim) and `labels` of shape (B,), from 0 to `kinds` − 1, give `w` of shape (B, w_dim).
+    Without labels the classes come in turn.
+    """
+
+    def __init__(self, latent_dim: int, w_dim: int, depth: int, kinds: int):
+        super().__init__(2 * latent_dim, w_dim, depth)
+        self.kinds, self.embedding = kinds, ClassEmbedding(kinds, latent_dim)
+
+    def forward(self, z: Tensor, truncation: float = 1.0, labels: Tensor | None = None) -> Tensor:
+        e = self.embedding(torch.arange(z.shape[0], device=z.device) % self.kinds if labels is None else labels)
+        e = e * torch.rsqrt(e.square().mean(1, keepdim=True) + 1e-8)  # (B, latent_dim), as long as z, however it learns
+        return super().forward(torch.cat([z, e], 1), truncation)  # (B, w_dim)
+
+
+class Projection(ClassEmbedding):
+    """What the label adds to the logit: its vector times the features `h` (Miyato & Koyama 2018, Equation 4).
+
+    `h` of shape (B, dim) and `labels` of shape (B,) give (B,). Over √dim, or it would drown the head's unit-size logit.
+    """
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        return (super().forward(labels) * h).sum(1) / math.sqrt(h.shape[1])  # (B,)
+
+
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title What a run holds
 STATISTICS = ("loss_d", "consistency", "loss_g")  # means over the steps since the last record
 LOGITS = ("real", "held_out", "fake")  # means over images at the moment of the record
@@ -2462,6 +2488,8 @@ LOGITS = ("real", "held_out", "fake")  # means over images at the moment of the 
 
 class Run:
     """Both networks, the average, both optimizers, the images and the history. All follows from `config.seed`."""
+
+    rank, world = 0, 1  # this process, of how many: section C
 
     def __init__(
         self, config: Config, images: Tensor, held_out: Tensor, *labels: Tensor, device: torch.device | str = "cpu"
@@ -2489,9 +2517,18 @@ class Run:
     def latents(self, n: int) -> Tensor:
         return torch.randn(n, self.config.latent_dim, device=self.device)
 
-    def labels_of(self, indices: Tensor) -> dict:
-        """The labels of the real images at `indices`, as `labels=`; nothing unless classes are learned."""
-        return {"labels": self.labels[0][sent(indices, self.device)]} if self.labels else {}
+    def next_batch(self) -> tuple[Tensor, dict]:
+        """Real images (B, 3, H, W) for this step, and their labels as `labels=`; no labels unless classes are learned."""
+        order = batch_indices(len(self.images), self.config.batch_size, self.step, self.config.seed)
+        indices = order[self.rank :: self.world]  # this process's share
+        c = {"labels": self.labels[0][sent(indices, self.device)]} if self.labels else {}
+        return real_batch(self.images, indices, self.device), c
+
+    def penalty(self, real: Tensor, **c: Tensor) -> Tensor | float:
+        """R1 of section A, in float32, in the steps that it falls in; else 0, as in every profile."""
+        if not self.config.r1 or self.step % R1_EVERY:
+            return 0.0
+        return slope_penalty(self.discriminator, real, R1_EVERY * self.config.r1, **c)
 
     def random_labels(self, n: int) -> dict:
         """Labels for `n` images to be painted, as frequent as among the real ones, in the same form."""
@@ -2547,9 +2584,7 @@ class Run:
 def plain_step(run: Run):
     """One step of both networks of `run`, as a textbook writes it."""
     config, g, d, batch = run.config, run.generator, run.discriminator, run.config.batch_size
-    indices = batch_indices(len(run.images), batch, run.step, config.seed)  # (B,)
-    real, real_c = real_batch(run.images, indices, run.device), run.labels_of(indices)  # (B, 3, H, W); c: section B
-
+    real, real_c = run.next_batch()  # (B, 3, H, W); c: labels, empty unless classes are learned (section B)
     z, fake_c = run.latents(batch), run.random_labels(batch)
     fake = g(z, **fake_c).detach()  # (B, 3, H, W); the generator learns nothing from this half
     real_t, fake_t = diff_augment(real, config.augment), diff_augment(fake, config.augment)
@@ -2558,8 +2593,7 @@ def plain_step(run: Run):
     loss_d = discriminator_loss(d_real_t, d_fake_t) if config.diff_augment else discriminator_loss(d_real, d_fake)
     consistency = balanced_consistency(d_real, d_real_t, config.bcr_real)
     consistency = consistency + balanced_consistency(d_fake, d_fake_t, config.bcr_fake)
-    if config.r1 and run.step % R1_EVERY == 0:  # section A; off in every profile
-        consistency = consistency + slope_penalty(d, real, R1_EVERY * config.r1, **real_c)
+    consistency = consistency + run.penalty(real, **real_c)  # R1 of section A: 0 in every profile
     run.optimizer_d.zero_grad()
     (loss_d + consistency).backward()
     run.optimizer_d.step()
@@ -2591,6 +2625,20 @@ def test_each_half_of_a_step_trains_its_own_network():
 
 
 @check
+def test_step_follows_sigma_and_the_half_life():
+    """Step: σ is followed in the discriminator's half only, and the average has the half-life that it is given"""
+    run, modes = Run(replace(TINY, optimizer="adam", ema_half_life=4), *load_images(TINY)), []
+    run.discriminator.register_forward_pre_hook(lambda d, _: modes.append(d.training))
+    run.step = 1000  # past the ramp-up
+    for _ in range(2):
+        before = copy.deepcopy(run.average.module)
+        plain_step(run)
+    assert modes == 2 * [True, True, True, True, False]
+    for average, old, new in zip(*(n.parameters() for n in (run.average.module, before, run.generator)), strict=True):
+        torch.testing.assert_close(average, (old + new) / 2)  # a batch is one half-life
+
+
+@check
 def test_moving_average():
     """Moving average: follows its formula for every weight and buffer"""
     model = MappingNetwork(4, 4, depth=2)
@@ -2614,7 +2662,7 @@ def test_moving_average():
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
-# | *fake* never falls below −0.17; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the discriminator cannot say "fake", and at −0.17 the GELU has no slope that would tell the generator what to change | [14](#discriminator) |
+# | *real* and *fake* lie between −0.17 and 0; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the run settles on its left arm (before it, real images have −3.0, generated ones −2.1), which is nearly flat, so the generator is told next to nothing | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
 # | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR (this small model has both, in the losses too; the whole `smoke` learned without, one seed) | [10](#diffaugment), [15](#losses) |
 
@@ -2658,7 +2706,7 @@ def train_small(fault: Callable | None = None, steps: int = 200) -> Run:
 def sound_and_broken():
     runs = {"sound": train_small()}
     runs |= {fault.__name__.replace("_", " "): train_small(fault) for fault, on in FAULTS.items() if on}
-    _, axes = plt.subplots(3, len(runs), figsize=(2.9 * len(runs), 6.4), squeeze=False, layout="tight")
+    _, axes = plt.subplots(3, len(runs), figsize=(2.9 * len(runs), 6.4), sharey="row", squeeze=False, layout="tight")
     for (title, run), column in zip(runs.items(), axes.T, strict=True):
         steps = [entry["step"] for entry in run.history]
         for axis, names, dotted in zip(column, (STATISTICS, LOGITS), (math.log(2), -0.17), strict=False):
@@ -2686,9 +2734,9 @@ def test_gelu_after_the_head_caps_the_loss():
 # **Wrong in published code.** The fake batch not detached; an average built from a `parameters()` iterator that had
 # been used up, which averages nothing, silently; no seed.
 #
-# **Exercise.** Leave `.detach()` out of the step. Which ✓ fails, and does training stop?
-# <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets gradients that
-# its own `zero_grad` throws away.</details>
+# **Exercise.** Leave `.detach()` out of the line that paints `fake` for the discriminator. Which ✓ fails, and does
+# training stop? <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets
+# gradients that its own `zero_grad` throws away.</details>
 #
 # **Measured here.** Half-lives of 1.25, 2.5, 5, 10, 20 and 40 % of the images seen, in one run of `smoke`'s size with a
 # SIREN of depth 2: FRD 989, 942, 935, 950, 1,052 and 1,293 after 200,000 images (one seed, 5,000 samples).
@@ -2812,7 +2860,8 @@ class Muon:
 
 # %% [markdown]
 # How far the first step moves a matrix of the discriminator in each of its directions. Adam spends half of its step on
-# a few of them. Muon's line begins much lower and falls slowly; five rounds do not lift what is tiny.
+# a few of them. Muon keeps over half of them in the band that it aims at. In the others the gradient has next to
+# nothing, and five rounds do not lift what is tiny.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2831,8 +2880,10 @@ def one_step_in_all_directions():
         kind(discriminator.parameters(), config).step()
         moved = torch.linalg.svdvals(weight.detach() - before)
         half = int((moved.square().cumsum(0) < moved.square().sum() / 2).sum()) + 1
-        label = f"{kind.__name__.capitalize()}: half of the step is in {half} of {len(moved)} directions"
+        label = f"{kind.__name__.capitalize()}: half of the squared length is in {half} of {len(moved)} directions"
         axis.plot(moved, label=label)
+    even = config.learning_rate * len(moved) ** 0.5
+    axis.axhspan(0.7 * even, 1.2 * even, alpha=0.2, color="C1", label="0.7 to 1.2 of η√128, where Muon aims")
     axis.set(xlabel="direction", ylabel="how far (singular value)", title="one step of one matrix, η = 0.004")
     axis.legend(fontsize=8)
 
@@ -2880,14 +2931,12 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, and
 #   is written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
 #   collapse late, and those are what one goes back to. Loading never runs code (`weights_only=True`).
-# * **Resuming is exact.** On one CPU with one number of threads, N + N steps equal 2N bit for bit. On a GPU expect no
-#   such thing: sums may be added in any order there. On another device, precision or PyTorch a run goes on too, and
-#   says so.
+# * **Resuming is exact.** On one CPU with one number of threads, N + N steps equal 2N bit for bit; a GPU may add in any
+#   order. On another device, precision or PyTorch a run goes on too, and says so.
 # * **Interrupt when you like**: the step is finished, the run saved and returned; running the cell again goes on.
 # * **Not finite**: weights or buffers that are infinite or NaN are never saved; the run goes back to its last
 #   checkpoint and on with other random numbers, three times at most between two sound checkpoints. A full disk is told
 #   and does not end the run.
-# * **Several GPUs**: the same loop under `torchrun` ([C](#speed)).
 #
 # A run's folder is named after the configuration. Change that, and a new folder starts, unless it is only how long, how
 # precisely, compiled or not, or where CIFAR-10 lies.
@@ -3069,13 +3118,8 @@ class Training(Run):
 
     def discriminator_step(self) -> list[Tensor]:
         """One step of the discriminator. Returns its loss and the consistency."""
-        config = self.config
-        indices = batch_indices(len(self.images), config.batch_size, self.step, config.seed)[self.rank :: self.world]
-        penalty = None
-        if config.r1 and self.step % R1_EVERY == 0:  # as in the plain step, in float32
-            penalty = functools.partial(slope_penalty, self.discriminator, weight=R1_EVERY * config.r1)
-        real, c = real_batch(self.images, indices, self.device), self.labels_of(indices)
-        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=penalty, **c)
+        real, c = self.next_batch()
+        return self.descend(self.discriminator_objective, self.optimizer_d, real, more=self.penalty, **c)
 
     def generator_step(self) -> list[Tensor]:
         """One step of the generator and of its average. Returns the loss."""
@@ -3354,9 +3398,10 @@ def draw_progress(figure, run: Training):
         parts[name].set_title(title, fontsize=10)
         parts[name].set_xlabel("images seen")
         parts[name].legend(fontsize=8, loc="upper right")
-    for colour, guessing in (("C0", 2 * math.log(2)), ("C2", math.log(2))):
+    for name, colour, guessing in (("loss_d", "C0", 2 * math.log(2)), ("loss_g", "C2", math.log(2))):
         parts["L"].axhline(guessing, color=colour, linewidth=0.8, linestyle=":")
-        parts["L"].annotate(f"{guessing:.3f}", (0, guessing), xycoords=("axes fraction", "data"), fontsize=8)
+        label = f"{name} guessing: {guessing:.3f}"
+        parts["L"].annotate(label, (0.02, guessing), xycoords=("axes fraction", "data"), color=colour, fontsize=8)
     growth = steepness(run.discriminator)
     parts["S"].barh(list(growth), growth.values(), color="lightsteelblue")
     parts["S"].tick_params("y", labelsize=6, length=0, pad=-4)
@@ -3765,6 +3810,7 @@ def test_seed_decides_everything():
 # * **σ(W) over its start**, of the raw weight of each layer of the discriminator: the factor that the improved spectral
 #   norm divides by. Only the direction of $W$ counts, so a layer whose σ has doubled learns half as fast.
 # * **Samples.** First the colours are right, then the layout, then things. The average lags behind and jitters less.
+#   The default run without a GPU gets to blobs and rings on the right ground; corners, stars and crescents take longer.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -3836,9 +3882,9 @@ def thumbnails(images: Tensor) -> Tensor:
 # %% [markdown]
 # The features are usually those of Inception, a large network that has to be downloaded and that knows nothing of
 # drawings. Here they are **thumbnails**: 8 × 8 colours. They see layout and colour and no detail: blocky samples can
-# score almost like real images. This KID can rank runs of this notebook and be compared with nothing else. Held-out
-# real images show what as good as real is, an untrained generator what bad is. Each number is of ten lots of 100
-# images; behind ± stands its standard error.
+# score almost like real images. Held-out real images show what as good as real is, an untrained generator what bad is.
+# Each number is of ten lots of 100 images; behind ± stands its standard error. This KID tells trained from untrained
+# and little more: the run stored here has that of held-out images, within the error, though it paints no corners.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4049,7 +4095,8 @@ def show_walks(walks: dict[str, Tensor]):
     _, axes = plt.subplots(len(walks), 1, figsize=(10, 2.4), layout="tight")
     for axis, (name, images) in zip(axes, walks.items(), strict=True):
         way = images.diff(dim=0).abs().mean((1, 2, 3))  # (steps - 1,)
-        title = f"{name}: the largest of {len(way)} steps has {way.max() / way.sum().clamp_min(1e-2):.0%} of the way"
+        share = way.max() / way.sum().clamp_min(1e-2)
+        title = f"{name}: the largest of {len(way)} steps has {share:.0%} of the way (even steps: {1 / len(way):.0%})"
         show_images(images, title, columns=len(images), axis=axis)
 
 
@@ -4108,8 +4155,9 @@ def show_nearest(samples: Tensor, held_out: Tensor):
         mirrored = (index.T >= len(train_images))[..., None, None, None]
         found = torch.where(mirrored, found.flip(4), found).flatten(0, 1)
         show_images(torch.cat([images, found]), columns=6, axis=axis)
-        each = "   ".join(f"{d:.3f}" for d in near[:, 0])
-        axis.set_title(f"{name}: {near[:, 0].mean():.3f} from the nearest\n{each}", fontsize=10)
+        axis.set_title(f"{name}: {near[:, 0].mean():.3f} from the nearest", fontsize=10, pad=16)
+        for column, d in enumerate(near[:, 0]):
+            axis.text((column + 0.5) * (images.shape[3] + 1), -2, f"{d:.3f}", ha="center", fontsize=9)
 
 
 def show_resolutions(rows: dict[str, list[Tensor]], grid: int):
@@ -4247,20 +4295,21 @@ def above_the_training_resolution(seed=0):
 # **What stayed within the seeds.** Two runs that differ in the seed alone can lie 1,050 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
 # then. These differed by no more than seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the
-# discriminator at real images), losses of pairs (R3GAN), bCR's weight from 0.3 to 10, a learning rate that grows at
-# first, batches of 32, cutout, mirrored images, L2 or dot-product attention, improved, plain or no spectral
-# normalisation, steps up to 2.3 times as cheap (most with one seed).
+# discriminator at real images), R3GAN's loss, which compares the logits of a real image and a generated one, bCR's
+# weight from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout, mirrored images, L2 or dot-product
+# attention, improved, plain or no spectral normalisation, cheaper models that see up to 2.3 times as many images a
+# minute (most with one seed).
 #
-# **Surprises.** Without overlapping patches, and with plain LayerNorm in place of SLN, FRD was *lower* with both seeds,
-# by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was better and one
-# 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and differ in recall:
-# 0.12, 0.18, 0.24. And a plain DCGAN, two convolutional networks, nine times faster, is behind in FRD after 15 minutes
-# of one core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60: 668 and 643 against 901 and 827, recall
-# 0.41 and 0.45 against 0.32 and 0.27.
+# **Surprises.** Without overlapping patches, and with LayerNorm and a style added once in place of SLN, FRD was *lower*
+# with both seeds, by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was
+# better and one 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and
+# differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, nine times faster, is behind in FRD after 15 minutes of one
+# core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60, when `smoke`, not compiled, has seen 160,000
+# images: 668 and 643 against 901 and 827, recall 0.41 and 0.45 against 0.32 and 0.27.
 #
 # **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746 and 680, recall 0.30 and 0.36 at
-# 200,000 images, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one run of that kind 638 and 0.43
-# at 800,000. Fresh discriminators tell samples from real images much sooner without DiffAugment and bCR.
+# 200,000 images, 67 and 68 minutes compiled, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one
+# run of that kind 638 and 0.43 at 800,000.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
 # depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). Without DiffAugment in the losses, which is
@@ -4308,6 +4357,7 @@ def above_the_training_resolution(seed=0):
 # * Lee et al. (2022). [ViTGAN: Training GANs with Vision Transformers](https://arxiv.org/abs/2107.04589)
 # * Mescheder et al. (2018). [Which training methods for GANs do actually converge?](https://arxiv.org/abs/1801.04406) (R1)
 # * Miyato et al. (2018). [Spectral normalization for GANs](https://arxiv.org/abs/1802.05957)
+# * Mirza & Osindero (2014). [Conditional generative adversarial nets](https://arxiv.org/abs/1411.1784)
 # * Miyato & Koyama (2018). [cGANs with projection discriminator](https://arxiv.org/abs/1802.05637)
 # * Salimans et al. (2016). [Improved techniques for training GANs](https://arxiv.org/abs/1606.03498) (Inception score)
 # * Sitzmann et al. (2020). [Implicit neural representations with periodic activation functions](https://arxiv.org/abs/2006.09661) (SIREN)
@@ -4348,7 +4398,7 @@ def above_the_training_resolution(seed=0):
 # **Measured here**, a small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two
 # seeds each: FRD 2,517 and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the
 # seeds; 1,406 and 1,480 with the convolutional decoder, after 73,000 images. That is far ahead of a SIREN of depth 2,
-# but behind one of depth 4, which starts grey: in `smoke`, after 15 minutes, 1,768 (one seed) against 1,134 and 1,295.
+# but behind one of depth 4: in `smoke` with DiffAugment in its losses, after 15 minutes, 1,768 against 1,134 and 1,295.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4620,7 +4670,7 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 # subfolder. With `CLASSES` ticked (`--classes`), both networks are told this label $c$:
 #
 # * The **generator** learns a vector $e_c$ for each label, scaled to the length of $z$ and joined to it; the mapping
-#   network makes its style from both, $w = f([z; e_c])$, as class-conditional StyleGAN2 does (code: end of section 8).
+#   network makes its style from both, $w = f([z; e_c])$, as class-conditional StyleGAN2 does (code: in section 16).
 # * The **discriminator** learns a vector $v_c$ for each label, and its logit gets one more term, the **projection** of the
 #   class token on it (Miyato & Koyama 2018). As one matrix, these vectors are spectrally normalised like all others:
 #
@@ -4738,29 +4788,14 @@ def test_every_image_is_judged_with_its_own_label():
 # ## C. Speed, and more than one GPU
 #
 # A training step of `paper` is 21.4 GFLOP an image. `python vitgan_nb.py benchmark --profile paper` prints which share
-# of the machine's matrix rate is reached. Each fast form but the last gives what the textbook's form gives;
-# `docs/experiments.md` has what each saves on a CPU (`python benchmarks/side_by_side.py`):
+# of the machine's matrix rate is reached. `docs/experiments.md` lists the fast forms, why each gives what the
+# textbook's form gives, and what it saves on a CPU (`python benchmarks/side_by_side.py`). Two are not quite the same:
+# $\sigma$ is followed once a step, not four times, and bfloat16 rounds, by less than seeds differ.
 #
-# | fast form | why it is the same |
-# |---|---|
-# | [8](#patch) scale the inputs, not a matrix for each patch | $(W\,\mathrm{diag}\,s)\,x = W(s \odot x)$ |
-# | [13](#isn) weights normalised once for the four batches of a discriminator's step | the weights do not change between them; $\sigma$ is followed once a step |
-# | [5](#waves) Fourier features once, for all patches | positions are the same in every patch |
-# | [12](#l2) L2 attention by a dot product | $-\lVert q_i-q_j\rVert^2 = 2\,q_i \cdot q_j - \lVert q_j\rVert^2$ + what softmax ignores |
-# | [18](#engine) one pass of $4B$ images | the ViT looks at each image alone |
-# | fused Adam, average in one call | the same sums |
-# | bfloat16 for products and what follows them; float32 for weights, $\sigma$ and losses | not the same: it rounds; on a CPU the losses stay within the spread of seeds |
-#
-# **Several GPUs.** The same loop runs under DistributedDataParallel, each process with its share of every batch:
-#
-# ```
-# torchrun --nproc-per-node=4 vitgan_nb.py train --profile paper
-# ```
-#
-# The processes start with the same weights, draw the same random numbers and take each its share of them;
-# DistributedDataParallel averages the gradients. So together they are one run: on a CPU, two processes with half of the
-# batch each had the losses of one with all of it (`tests/test_processes.py`), and a checkpoint of either goes on in the
-# other. Process 0 writes the log, the pictures and the checkpoints.
+# **Several GPUs.** `torchrun --nproc-per-node=4 vitgan_nb.py train --profile paper` runs the same loop in four processes.
+# They start with the same weights, draw the same random numbers and take each its share of them and of every batch;
+# DistributedDataParallel averages the gradients. So together they are one run: on a CPU, two processes had the losses
+# of one (`tests/test_processes.py`), and a checkpoint of either goes on in the other.
 
 # %% [markdown]
 # <a name="command-line"></a>

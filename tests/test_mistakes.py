@@ -322,12 +322,12 @@ MISTAKES = [
     (
         "the plain step without R1",
         "test_fast_step_is_the_plain_step_with_other_networks",
-        [("consistency = consistency + slope_penalty(", "slope_penalty(")],
+        [("consistency = consistency + run.penalty(real, **real_c)", "run.penalty(real, **real_c)")],
     ),
     (
         "R1 in the fast step not sixteen times",
         "test_fast_step_is_the_plain_step_with_other_networks",
-        [("self.discriminator, weight=R1_EVERY * config.r1)", "self.discriminator, weight=config.r1)")],
+        [("real, more=self.penalty, **c)", "real, more=lambda *real: self.penalty(*real) / R1_EVERY, **c)")],
     ),
     (
         "no sine in the patch decoder",
