@@ -160,13 +160,15 @@ class QuarterTraining(v.Training):
     def discriminator_objective(self, real: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), self.autocast():
             fake = self.generator(self.latents(len(real))).float()
-        plain = torch.cat([real, fake])  # (2B, 3, H, W)
-        augmented = v.diff_augment(plain, self.config.augment)  # (2B, 3, H, W)
+        images = torch.cat([real, fake])  # (2B, 3, H, W)
+        others = v.diff_augment(images, self.config.augment)  # (2B, 3, H, W)
+        if self.config.diff_augment:
+            images, others = others, images
         with self.autocast():
-            logits = self.discriminator(torch.cat([augmented, plain[::4]])).float()  # (2.5B,)
-        (real, fake), (real_plain, fake_plain) = (part.chunk(2) for part in logits.split([len(plain), len(plain) // 4]))
-        consistency = v.balanced_consistency(real_plain, real[::4], self.config.bcr_real)
-        consistency = consistency + v.balanced_consistency(fake_plain, fake[::4], self.config.bcr_fake)
+            logits = self.discriminator(torch.cat([images, others[::4]])).float()  # (2.5B,)
+        (real, fake), (real_o, fake_o) = (part.chunk(2) for part in logits.split([len(images), len(images) // 4]))
+        consistency = v.balanced_consistency(real_o, real[::4], self.config.bcr_real)
+        consistency = consistency + v.balanced_consistency(fake_o, fake[::4], self.config.bcr_fake)
         return v.discriminator_loss(real, fake), consistency
 
 
@@ -214,6 +216,10 @@ FORKS = {  # name: (what takes the place of what in the notebook, changes of the
     "pairs-0.1": (HALF_A_TURN | {"Training": paired(0.1)}, {"siren_depth": 4}),
     "pairs-1": (HALF_A_TURN | {"Training": paired(1)}, {"siren_depth": 4}),
     "cheaper": (HALF_A_TURN | {"Training": QuarterTraining}, {"siren_depth": 4, "heads": 2, "siren_dim": 64}),
+    "cheaper-plain": (
+        HALF_A_TURN | {"Training": QuarterTraining},
+        {"diff_augment": False, "siren_depth": 4, "heads": 2, "siren_dim": 64},
+    ),  # the same with images as they are in the losses, as `smoke` has it since
     "stylegan2": ({}, {"discriminator": "stylegan2", "r1": 0.1}),
     "conv-decoder": ({}, {"decoder": "conv"}),
     "classes": ({}, {"classes": True}),
