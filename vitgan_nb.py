@@ -27,7 +27,7 @@
 # | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
 # | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): 340. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core. The outputs stored below are of that run. |
+# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): 340. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core that multiplies bfloat16. The outputs stored below are of a core that does not: 50 minutes, beside other work. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -51,25 +51,24 @@
 #
 # | profile | for | what it trains | how long |
 # |---|---|---|---|
-# | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core |
+# | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core that multiplies bfloat16, else over half an hour |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it, or `MINUTES` |
 #
 # An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
-# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, most
-# of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a check
-# that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on a
-# title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have an
-# exercise: change the code, run the section again, see what happens (a check that fails ends its cell and is named),
+# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, or 54,
+# most of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a
+# check that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on
+# a title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have
+# an exercise: change the code, run the section again, see what happens (a check that fails ends its cell and is named),
 # and undo it.
 #
 # **Measured here**, at the end of a section, is what a change to it did when we trained; skip it on a first reading.
 # *FRD* is a distance to real images: test images have 6, blurred ones 2,047, and two runs that differ in the seed alone
 # can lie 1,050 apart. *Recall* is the share of real images that lie among the samples ([20](#measure)). Unless said
-# otherwise it is CIFAR-10, with DiffAugment in the losses and at full contrast at the start, in a small model of two
-# blocks and tokens 96 wide: at 48,000 images with Muon and a SIREN of depth 2, at 36,000 with Muon and depth 4, at
-# 32,000 with Adam and depth 2.
+# otherwise: CIFAR-10, DiffAugment in the losses, full contrast at the start, two blocks, tokens 96 wide; at 48,000
+# images Muon and a SIREN of depth 2, at 36,000 Muon and depth 4, at 32,000 Adam and depth 2.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -112,6 +111,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import filecmp
 import functools
 import hashlib
 import inspect
@@ -514,7 +514,7 @@ def read_image(path: Path, size: int) -> tuple[Tensor, str]:
             ImageOps.exif_transpose(file, in_place=True)
             if file.mode.startswith("I") or file.mode == "F":
                 grey = np.asarray(file, dtype=np.float64)
-                grey = grey / 256 if grey.max() > 255 else grey
+                grey = grey / 256 if file.mode.startswith("I;16") or grey.max() > 255 else grey
                 file = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             elif "A" in file.getbands() or "transparency" in file.info:
                 file, note = file.convert("RGBA"), "transparent"
@@ -2576,8 +2576,9 @@ class Run:
         """What the average paints, a row for each class, a column for each latent: (kinds · columns, 3, H, W) uint8."""
         kinds, z = self.generator.mapping.kinds, self.fixed_z[:columns].to(self.device)
         labels = torch.arange(kinds, device=self.device).repeat_interleave(columns)
+        parts = zip(z.repeat(kinds, 1).split(100), labels.split(100), strict=True)  # there may be many classes
         with self.autocast():
-            return to_uint8(self.average.module(z.repeat(kinds, 1), labels=labels)).cpu()
+            return torch.cat([to_uint8(self.average.module(z, labels=its)).cpu() for z, its in parts])
 
 
 # %%
@@ -2987,6 +2988,7 @@ class Training(Run):
 
     parts = ("generator", "discriminator", "average", "optimizer_g", "optimizer_d", "scaler")
     plain = ("step", "seconds", "history", "notes")
+    origin = None  # the file that it went on from
 
     def __init__(self, config: Config, device: torch.device | str | None = None):
         device = torch.device(device or best_device())
@@ -3200,7 +3202,8 @@ def circumstances(run: Training) -> dict:
     """What, beside the configuration, decides the last bits of the results."""
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"torch": str(torch.__version__), "device": device, "precision": str(run.dtype).removeprefix("torch."),
-            "data": f"{len(run.images):,} images", "processes": f"{run.world} process{'es' * (run.world > 1)}"}  # fmt: skip
+            "compiling": "compiled" if run.compiles else "not compiled", "data": f"{len(run.images):,} images",
+            "processes": f"{run.world} process{'es' * (run.world > 1)}"}  # fmt: skip
 
 
 def state_of(run: Training) -> dict:
@@ -3259,7 +3262,10 @@ def abandon_later(folder: Path, step: int):
     """Rename checkpoints after `step`, which a run that went on from further back has left, to abandoned-STEP.pt."""
     for path in checkpoints(folder):
         if path.name > f"checkpoint-{step:09d}.pt":
-            path.rename(path.with_name(path.name.replace("checkpoint", "abandoned")))
+            left = path.with_name(path.name.replace("checkpoint", "abandoned"))
+            while left.exists():  # of yet another branch
+                left = left.with_stem(left.stem + "-")
+            path.rename(left)
 
 
 def save_checkpoint(run: Training, folder: Path) -> Path:
@@ -3497,9 +3503,11 @@ class Keeper:
         from tqdm.auto import tqdm
 
         run, config = self.run, self.run.config
-        if (self.folder / f"checkpoint-{run.step:09d}.pt").exists():
-            abandon_later(self.folder, run.step)
-        else:
+        there = self.folder / f"checkpoint-{run.step:09d}.pt"
+        same = there.exists() and run.origin and filecmp.cmp(there, run.origin, shallow=False)
+        if there.exists():
+            abandon_later(self.folder, run.step - (not same))  # damaged, or of another branch
+        if not same:
             save_checkpoint(run, self.folder)
         self.write_log()
         if self.tensorboard:
@@ -3571,8 +3579,8 @@ class Keeper:
     def save(self) -> bool:
         """Write a checkpoint. Returns whether that was done."""
         self.saved = time.monotonic()
-        written = self.write(save_checkpoint, self.run, self.folder)
-        if written or not self.first:
+        written = self.run.any_process(self.write(save_checkpoint, self.run, self.folder))
+        if written:
             self.told.clear()
             self.taken_back = 0
         return written
@@ -3601,7 +3609,7 @@ class Keeper:
 
     def take_back(self):
         """Back to the last sound checkpoint, on with other random numbers. Raises `BadInput` the fourth time."""
-        run, self.taken_back = self.run, self.taken_back + 1
+        run, self.taken_back, self.saved = self.run, self.taken_back + 1, time.monotonic()
         note = {"step": run.step, "not_finite": self.taken_back}
         notes, seconds = [*run.notes, note], run.seconds
         for path in checkpoints(self.folder) if self.taken_back <= 3 else ():
@@ -3622,6 +3630,7 @@ class Keeper:
 def resume_from(run: Training, folder: Path, resume: bool | str | Path | Training) -> str:
     """Bring `run` to where it stopped, for `resume` as in `train`; returns what to say about it."""
     if resume is run:
+        run.origin = folder / f"checkpoint-{run.step:09d}.pt"
         return f"Going on at step {run.step:,}."
     if resume is False and checkpoints(folder):
         raise BadInput(f"{folder} already holds a run; resume it, delete it, or choose another out_dir.")
@@ -3634,7 +3643,7 @@ def resume_from(run: Training, folder: Path, resume: bool | str | Path | Trainin
                 raise
             told.append(f"Skipped: {error}")
             continue
-        changed = restore(run, state)
+        changed, run.origin = restore(run, state), path
         told.append(f"Resumed at step {run.step:,} from {path}. {changed}".rstrip())
         break
     return "\n".join(told)
@@ -3681,7 +3690,8 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
             raise BadInput("tensorboard is not installed; run pip install tensorboard, or train without it.") from None
     if isinstance(resume, Training):
         refuse_another_run(resume.config, config, {"steps", "minutes", "out_dir"})
-        resume.config = resume.generator.config = config  # one object, or the compiled step would compile again
+        for part in (resume, resume.generator, resume.average.module):
+            part.config = config  # one object, or the compiled step would compile again
     run, folder = resume if isinstance(resume, Training) else Training(config), run_folder(config)
     keeper = Keeper(run, folder, tensorboard)
     keeper.say(plan(run))
@@ -3689,6 +3699,8 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
     steps, seconds = config.steps or math.inf, 60 * config.minutes or math.inf
     if run.step >= steps or run.seconds >= seconds:
         keeper.say(f"Nothing to do: {run.step:,} steps in {duration(run.seconds)} are done already.")
+        if not run.saved:
+            run.saved = keeper.save()
         if checkpoints(folder)[:1] == [folder / f"checkpoint-{run.step:09d}.pt"]:  # not gone back to an older one
             keeper.finish()
         if LIVE:
@@ -3697,7 +3709,7 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
         return run
     run.any_process(False)  # wait for each other: all have looked before the first one writes
     keeper.start()
-    compiled = run.step + (3 if run.compiles and run is not resume else 0)  # the first steps of a run compile
+    begun, to_compile = run.step, 3 if run.compiles and run is not resume else 0  # the first steps compile
     compiling, before = 0.0, time.monotonic()
     try:
         with interrupts_wait() as interrupts:
@@ -3705,12 +3717,12 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
             while not end:
                 run.train_step()
                 before, passed = time.monotonic(), time.monotonic() - before
-                if run.step > compiled:
+                if not to_compile:
                     run.seconds += passed
                 else:
-                    compiling += passed
-                if run.step == compiled:
-                    keeper.say(f"Compiling took {duration(compiling)}, which do not count.")
+                    compiling, to_compile = compiling + passed, to_compile - 1
+                    if not to_compile:
+                        keeper.say(f"Compiling took {duration(compiling)}, which do not count.")
                 on_record = run.step % RECORD_EVERY == 0
                 if run.world == 1 or on_record:  # several processes agree, and only now and then
                     stopped = run.any_process(bool(interrupts))
@@ -3719,7 +3731,7 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
                 end = stopped or time_is_up or run.step >= steps
                 if (on_record or due or end) and run.any_process(not run.is_sound()):
                     keeper.take_back()
-                    end = False
+                    end = due = False
                     continue
                 if on_record or (end and not run.history):  # a very short run says at least once how it went
                     keeper.record()
@@ -3741,9 +3753,11 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
     where = (
         f"all in {folder}" if run.saved else f"NOT saved to {folder}, where the last checkpoint is of an earlier step"
     )
-    plain = "; not compiled, see the log" if any("not_compiled" in note for note in run.notes) else ""
+    plain = any("not_compiled" in note and note["step"] >= begun for note in run.notes)
     images = run.step * config.batch_size
-    keeper.say(f"Step {run.step:,}, {images:,} images, {duration(run.seconds)}; {where}{plain}.")
+    keeper.say(
+        f"Step {run.step:,}, {images:,} images, {duration(run.seconds)}; {where}{'; not compiled, see the log' * plain}."
+    )
     return run
 
 
@@ -3884,7 +3898,7 @@ def thumbnails(images: Tensor) -> Tensor:
 # drawings. Here they are **thumbnails**: 8 × 8 colours. They see layout and colour and no detail: blocky samples can
 # score almost like real images. Held-out real images show what as good as real is, an untrained generator what bad is.
 # Each number is of ten lots of 100 images; behind ± stands its standard error. This KID tells trained from untrained
-# and little more: the run stored here has that of held-out images, within the error, though it paints no corners.
+# and little more: the run stored here is above held-out images by little more than the error, and paints no corners.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4187,7 +4201,8 @@ def latent_walk(first=0, second=1):
     angle = torch.acos(F.cosine_similarity(a, b).clamp(-0.9999, 0.9999))
     z = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)  # (steps, latent_dim)
     w = torch.lerp(g.mapping(a), g.mapping(b), t)  # (steps, D)
-    show_walks({"spherical in z": g(z), "linear in w": g.paint(w, g.config.patch_size)})
+    c = {"labels": torch.zeros(steps, dtype=torch.long, device=a.device)} if g.config.classes else {}  # of one class
+    show_walks({"spherical in z": g(z, **c), "linear in w": g.paint(w, g.config.patch_size)})
 
 
 # %% [markdown]
@@ -4884,7 +4899,7 @@ def command_export(flags: argparse.Namespace):
 def command_evaluate(flags: argparse.Namespace):
     """FID, KID, IS, precision and recall of a trained generator, in one line of JSON"""
     generator = load_generator(flags.weights).to(best_device())
-    config = generator.config
+    config = replace(generator.config, classes=False)  # images only
     if flags.dataset not in (None, config.dataset):  # other data is not where the training images were
         config = replace(config, dataset=flags.dataset, data_root=flags.data_root or "")
     elif flags.data_root is not None:
@@ -4951,7 +4966,7 @@ def benchmark(config: Config, repeats: int = 5) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit status: 0; 2 for bad input, told in one line on stderr; 130 if interrupted."""
+    """The command line; returns the exit status: 0; 2 for bad input, told in one line on stderr; 130 if cut off."""
     parser = OneLineParser(prog="vitgan_nb.py", description="ViTGAN: train, sample, evaluate. No arguments: train.")
     commands, each = parser.add_subparsers(dest="command", parser_class=OneLineParser), {}
     for run in (command_train, command_sample, command_export, command_evaluate, command_benchmark):

@@ -56,7 +56,8 @@ def measure(path: Path, batches: int) -> dict:
 
     def discriminator_objective() -> tuple[Tensor, ...]:
         indices = torch.randint(len(run.images), (config.batch_size,))
-        return run.discriminator_objective(v.real_batch(run.images, indices))
+        c = {"labels": run.labels[0][indices]} if run.labels else {}
+        return run.discriminator_objective(v.real_batch(run.images, indices), **c)
 
     line = {"signal_d": signal(gradients(run.discriminator, discriminator_objective, batches))}
     run.discriminator.requires_grad_(False)

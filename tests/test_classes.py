@@ -116,6 +116,8 @@ def test_a_record_and_the_rows_of_samples_judge_and_paint_with_labels():
     formats.clear()
     assert (run.class_rows(3).int() - torch.cat(rows).int()).abs().max() <= 1  # rounding
     assert len(run.class_rows()) == 100 and len(run.samples()) == 64 and formats == [True] * 3
+    run.class_rows(11)
+    assert len(formats) == 5  # a hundred at a time, however many classes there are
 
 
 def test_every_label_is_painted_as_often_as_it_occurs():

@@ -109,6 +109,17 @@ def test_sample_and_evaluate(finished_run, tmp_path, capsys):
     assert numbers["samples"] == 100 and numbers["real"] == 10_000 and numbers["kid"] > 3 * numbers["error"] > 0
 
 
+def test_a_generator_of_classes_is_compared_with_images_in_no_class(tmp_path, capsys):
+    generator = vitgan_nb.Generator(replace(vitgan_nb.TINY, classes=True))
+    vitgan_nb.save_generator(generator, tmp_path / "g.safetensors")
+    (tmp_path / "flat").mkdir()
+    for number, image in enumerate(vitgan_nb.draw_shapes(200, 16)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "flat" / f"{number}.png")
+    flags = ["--n", "100", "--extractor", "thumbnails", "--dataset", "folder", "--data-root", str(tmp_path / "flat")]
+    assert vitgan_nb.main(["evaluate", "--weights", str(tmp_path / "g.safetensors"), *flags]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["real"] == 180
+
+
 def test_benchmark_ends_in_one_json_line(capsys):
     assert vitgan_nb.main(["benchmark", *TINY, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -356,8 +356,11 @@ def test_only_what_was_saved_counts_as_saved(tmp_path):
         assert (keeper.taken_back == 0, 0 not in keeper.told) == (saved, saved)
     keeper.take_back()
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 0, "not_finite": 1}  # now, not at the end
-    keeper.first, keeper.taken_back, keeper.told = False, 2, {0}  # another process knows of no disk
-    assert not keeper.save() and keeper.taken_back == 0 and not keeper.told
+    keeper.first, keeper.run.any_process = False, lambda answer: disk  # what the first process found
+    for disk in (False, True):
+        keeper.taken_back, keeper.told = 2, {0}
+        keeper.save()
+        assert (keeper.taken_back == 0, not keeper.told) == (disk, disk)
 
 
 def test_a_checkpoint_abandons_those_after_it(tmp_path):
@@ -365,6 +368,10 @@ def test_a_checkpoint_abandons_those_after_it(tmp_path):
     (tmp_path / "checkpoint-000000007.pt").touch()
     save_checkpoint(run, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["abandoned-000000007.pt", "checkpoint-000000000.pt"]
+    (tmp_path / "checkpoint-000000007.pt").write_text("yet another branch")
+    save_checkpoint(run, tmp_path)
+    assert (tmp_path / "abandoned-000000007.pt").read_text() == ""
+    assert (tmp_path / "abandoned-000000007-.pt").read_text() == "yet another branch"
 
 
 def test_several_processes_save_once_when_it_is_time(tmp_path, monkeypatch):

@@ -213,6 +213,12 @@ def test_pictures_are_turned_as_their_exif_says(kind, tmp_path):
     torch.testing.assert_close(right.mean(0), torch.tensor([255.0, 0.0, 0.0]), rtol=0, atol=16)
 
 
+def test_a_dark_grey_of_16_bits_keeps_its_upper_byte(tmp_path):
+    for level in (200, 700):
+        Image.fromarray(np.full((8, 8), level, dtype=np.uint16)).save(tmp_path / "grey.png")
+        assert (read_image(tmp_path / "grey.png", 8)[0] == level // 256).all()
+
+
 @pytest.mark.parametrize("high", [False, True])
 def test_the_square_in_the_middle_is_taken(high, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)

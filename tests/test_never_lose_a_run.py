@@ -422,6 +422,50 @@ def test_a_disk_that_stays_full_is_an_error_of_the_command(tmp_path, monkeypatch
     assert "Step 3" in told.out and "NOT saved" in told.out and "all in" not in told.out
 
 
+def test_what_could_not_be_saved_is_saved_when_there_is_room(tiny, monkeypatch):
+    save = torch.save
+
+    def full(state, file):
+        if state["step"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    run = train(tiny)
+    assert not run.saved
+    monkeypatch.setattr(torch, "save", save)
+    assert train(tiny, resume=run).saved and load_checkpoint(checkpoints(run_folder(tiny))[0])["step"] == 12
+
+
+def test_compiling_is_told_once_and_not_told_of_what_came_before(tiny, monkeypatch, capsys):
+    """A step back counts the steps after it; a failure of an earlier run is not one of this."""
+    step, spoilt = Training.train_step, []
+
+    def train_step(run):
+        step(run)
+        if run.step == 7 and not spoilt:
+            spoilt.append(run.step)
+            spoil_weight(run)
+
+    def broken(function, **_):
+        def fail(*_):
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(Training, "train_step", train_step)
+    run = train(replace(tiny, compile=True))  # after step 12 back to 0
+    assert run.step == 12 and capsys.readouterr().out.count("Compiling took") == 1
+    monkeypatch.setattr(torch, "compile", broken)
+    other = replace(tiny, seed=1, compile=True)
+    train(replace(other, steps=2))
+    assert "; not compiled, see the log" in capsys.readouterr().out
+    train(replace(other, steps=4, compile=False))
+    out = capsys.readouterr().out
+    assert "; not compiled, see the log" not in out and "before compiled, now not compiled." in out
+
+
 def test_a_full_disk_at_the_start_leaves_what_was_there(tiny, monkeypatch):
     """On from a copy of step 4, nothing can be written, and the folder holds step 8 of before: that stays."""
     folder = run_folder(tiny)
@@ -498,6 +542,59 @@ def test_the_fourth_time_it_stops_and_nothing_bad_is_saved(tmp_path, monkeypatch
     assert load_checkpoint(checkpoint)["step"] == 0
 
 
+def test_a_hopeless_run_stops_though_its_checkpoints_are_due(tiny, monkeypatch, capsys):
+    """Every step lasts longer than the time between checkpoints, and the second after each restart spoils the run."""
+    step, back, clock = Training.train_step, vitgan_nb.restore, {"now": 0.0, "steps": 0}
+
+    def restore(run, state):
+        clock["steps"] = 0
+        return back(run, state)
+
+    def train_step(run):
+        step(run)
+        clock["now"] += 200
+        clock["steps"] += 1
+        if clock["steps"] > 1:
+            spoil_weight(run)
+
+    monkeypatch.setattr(Training, "train_step", train_step)
+    monkeypatch.setattr(vitgan_nb, "restore", restore)
+    monkeypatch.setattr(vitgan_nb.time, "monotonic", lambda: clock["now"])
+    with pytest.raises(vitgan_nb.BadInput, match="going back to the last checkpoint did not help"):
+        train(replace(tiny, steps=60))
+    assert capsys.readouterr().out.count("Not finite") == 3
+
+
+def test_what_another_branch_left_at_the_same_step_is_not_gone_on_from(tiny, monkeypatch):
+    """Step 4 of one branch and of another: a kill, or a step that is not finite, must not exchange them."""
+    four, folder = replace(tiny, steps=4), run_folder(tiny)
+    train(four)
+    state = load_checkpoint(folder / "checkpoint-000000000.pt")
+    state["rng"]["cpu"] = torch.Generator().manual_seed(9).get_state()
+    torch.save(state, folder / "other.pt")
+    other = weights(train(four, resume=folder / "other.pt"))
+    kept = folder / "abandoned-000000004.pt"
+    first = weights(load_checkpoint(kept))
+    assert not torch.equal(first["generator"]["position.weight"], other["generator"]["position.weight"])
+
+    def killed(run):
+        raise SystemExit
+
+    monkeypatch.setattr(Training, "train_step", killed)
+    with pytest.raises(SystemExit):
+        train(tiny, resume=kept)
+    again = Training(tiny)
+    vitgan_nb.resume_from(again, folder, True)
+    assert_same(again, load_checkpoint(kept))
+
+
+def test_a_checkpoint_that_is_damaged_is_written_anew(tiny):
+    path = save_checkpoint(Training(tiny), run_folder(tiny))
+    path.write_bytes(path.read_bytes()[:99])
+    train(replace(tiny, steps=1))
+    assert load_checkpoint(path)["step"] == 0
+
+
 def test_going_back_does_not_go_to_a_later_branch(tiny, monkeypatch, capsys):
     """A run that went on from step 4 while step 8 of an earlier one still lies in the folder."""
     train(replace(tiny, steps=4))
@@ -524,7 +621,7 @@ def test_a_run_in_memory_goes_on_as_it_is_or_not_at_all(tiny):
     with pytest.raises(vitgan_nb.BadInput, match=f"another configuration: seed {tiny.seed} ≠ 1;"):  # before ≠ now
         train(replace(tiny, seed=1), resume=run)
     assert train(tiny, resume=run) is run and run.step == 12
-    assert run.config is run.generator.config is tiny
+    assert run.config is run.generator.config is run.average.module.config is tiny
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
