@@ -240,6 +240,41 @@ MISTAKES = [
         [("return weight / 2 * slope", "return weight * slope")],
     ),
     (
+        "an untrained generator that paints at half contrast",
+        "test_generator",
+        [("        nn.init.normal_(self.rgb.linear.weight, std=0.1)", "        nn.init.normal_(self.rgb.linear.weight, std=0.5)")],
+    ),
+    (
+        "images that only ever become brighter",
+        "test_diff_augment",
+        [("x = x + (brightness - 0.5)", "x = x + brightness")],
+    ),
+    (
+        "hardly any contrast",
+        "test_diff_augment",
+        [("(contrast + 0.5) *", "(contrast / 20 + 0.02) *")],
+    ),
+    (
+        "a turn and a half across the image, not half a turn",
+        "test_position_embedding_starts_smooth",
+        [("frequency: float = math.pi / 2", "frequency: float = 3 * math.pi / 2")],
+    ),
+    (
+        "a discriminator that stays in evaluation, where nothing follows σ",
+        "test_step_follows_sigma_and_the_half_life",
+        [("    d.train()\n    run.", "    run.")],
+    ),
+    (
+        "σ followed in the generator's half too",
+        "test_step_follows_sigma_and_the_half_life",
+        [("    d.eval()  # σ is", "    # σ is")],
+    ),
+    (
+        "an average of another half-life than was asked for",
+        "test_step_follows_sigma_and_the_half_life",
+        [("update_average(run.average, g, config.ema_half_life,", "update_average(run.average, g, config.ema_half_life / 100,")],
+    ),
+    (
         "an untrained generator that paints at full contrast",
         "test_generator",
         [("        nn.init.normal_(self.rgb.linear.weight, std=0.1)", "        #")],
