@@ -57,18 +57,18 @@
 #
 # An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
-# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, or 54,
-# most of them in section 19. Or step through: a section is text, a formula, a short cell of code, a picture, and a
-# check that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are folded; click on
-# a title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have
-# an exercise: change the code, run the section again, see what happens (a check that fails ends its cell and is named),
-# and undo it.
+# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, on a
+# slow one 54, most of them in section 19. Or step through: a section is text, a formula, a short cell of code, a
+# picture, and a check that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are
+# folded; click on a title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook.
+# Sections 2 to 17 have an exercise: change the code, run the section again, see what happens (a check that fails ends
+# its cell and is named), and undo it.
 #
 # **Measured here**, at the end of a section, is what a change to it did when we trained; skip it on a first reading.
 # *FRD* is a distance to real images: test images have 6, blurred ones 2,047, and two runs that differ in the seed alone
 # can lie 1,050 apart. *Recall* is the share of real images that lie among the samples ([20](#measure)). Unless said
-# otherwise: CIFAR-10, DiffAugment in the losses, full contrast at the start, two blocks, tokens 96 wide; at 48,000
-# images Muon and a SIREN of depth 2, at 36,000 Muon and depth 4, at 32,000 Adam and depth 2.
+# otherwise: CIFAR-10, DiffAugment in the losses, and a small model that starts at full contrast, two blocks, 96 wide;
+# at 48,000 images with Muon and a SIREN of depth 2, at 36,000 Muon and depth 4, at 32,000 Adam and depth 2.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -1089,8 +1089,8 @@ def test_mapping_network():
 # Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. In $h_0$, $v$ is a
 # patch's centre in the image, and the waves start with about half a turn across the image, so that neighbouring patches
 # start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start slow, with an eighth of a turn
-# across the patch: at first they say little more than raw coordinates. What is sharp in a patch comes from the sines of
-# the decoder ([8](#patch)) and from training, which may make these waves faster. To start faster did worse (below). The
+# across the patch: at first they say little more than raw coordinates. Sharper detail is left to the sines of the
+# decoder ([8](#patch)), and to training, which may make these waves faster. To start faster did worse (below). The
 # pixels of all patches are in the same places: their features are computed once per pass.
 
 
@@ -2861,7 +2861,7 @@ class Muon:
 
 # %% [markdown]
 # How far the first step moves a matrix of the discriminator in each of its directions. Adam spends half of its step on
-# a few of them. Muon keeps over half of them in the band that it aims at. In the others the gradient has next to
+# a few of them. Muon has about half of them in the band that it aims at. In the others the gradient has next to
 # nothing, and five rounds do not lift what is tiny.
 
 
@@ -3258,14 +3258,19 @@ def discard_old(folder: Path):
         gone.unlink()
 
 
+def abandon(path: Path):
+    """Rename a checkpoint of another branch to abandoned-STEP.pt, with a - behind for each that has that name already."""
+    left = path.with_name(path.name.replace("checkpoint", "abandoned"))
+    while left.exists():
+        left = left.with_stem(left.stem + "-")
+    path.rename(left)
+
+
 def abandon_later(folder: Path, step: int):
-    """Rename checkpoints after `step`, which a run that went on from further back has left, to abandoned-STEP.pt."""
+    """`abandon` the checkpoints after `step`, which a run that went on from further back has left."""
     for path in checkpoints(folder):
         if path.name > f"checkpoint-{step:09d}.pt":
-            left = path.with_name(path.name.replace("checkpoint", "abandoned"))
-            while left.exists():  # of yet another branch
-                left = left.with_stem(left.stem + "-")
-            path.rename(left)
+            abandon(path)
 
 
 def save_checkpoint(run: Training, folder: Path) -> Path:
@@ -3273,11 +3278,14 @@ def save_checkpoint(run: Training, folder: Path) -> Path:
     path, state = folder / f"checkpoint-{run.step:09d}.pt", state_of(run)
     for killed in folder.glob(".*.partial"):  # while it was being written
         killed.unlink()
-    with written_whole(path) as partial, open(partial, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # what a full disk becomes when the file is closed after it
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+    with written_whole(path) as partial:
+        with open(partial, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # what a full disk becomes when the file is closed after it
+                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+        if path.exists():  # of another branch, or damaged; only now that the new one is there
+            abandon(path)
     abandon_later(folder, run.step)
     discard_old(folder)
     return path
@@ -3473,7 +3481,7 @@ class Keeper:
 
     def __init__(self, run: Training, folder: Path, tensorboard: bool):
         self.run, self.folder, self.first, self.tensorboard = run, folder, run.rank == 0, tensorboard
-        self.taken_back, self.told, self.saved, self.drawn = 0, set(), time.monotonic(), time.monotonic()
+        self.taken_back, self.told, self.saved_at, self.drawn = 0, set(), time.monotonic(), time.monotonic()
         self.bar = self.handle = self.board = None
         self.pause = DRAW_SECONDS  # between two drawings of the figure
 
@@ -3504,10 +3512,9 @@ class Keeper:
 
         run, config = self.run, self.run.config
         there = self.folder / f"checkpoint-{run.step:09d}.pt"
-        same = there.exists() and run.origin and filecmp.cmp(there, run.origin, shallow=False)
-        if there.exists():
-            abandon_later(self.folder, run.step - (not same))  # damaged, or of another branch
-        if not same:
+        if there.exists() and run.origin and filecmp.cmp(there, run.origin, shallow=False):
+            abandon_later(self.folder, run.step)
+        else:  # none yet, or damaged, or of another branch
             save_checkpoint(run, self.folder)
         self.write_log()
         if self.tensorboard:
@@ -3578,7 +3585,7 @@ class Keeper:
 
     def save(self) -> bool:
         """Write a checkpoint. Returns whether that was done."""
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         written = self.run.any_process(self.write(save_checkpoint, self.run, self.folder))
         if written:
             self.told.clear()
@@ -3609,7 +3616,7 @@ class Keeper:
 
     def take_back(self):
         """Back to the last sound checkpoint, on with other random numbers. Raises `BadInput` the fourth time."""
-        run, self.taken_back, self.saved = self.run, self.taken_back + 1, time.monotonic()
+        run, self.taken_back, self.saved_at = self.run, self.taken_back + 1, time.monotonic()
         note = {"step": run.step, "not_finite": self.taken_back}
         notes, seconds = [*run.notes, note], run.seconds
         for path in checkpoints(self.folder) if self.taken_back <= 3 else ():
@@ -3726,7 +3733,7 @@ def train(config: Config, resume: bool | str | Path | Training = True, tensorboa
                 on_record = run.step % RECORD_EVERY == 0
                 if run.world == 1 or on_record:  # several processes agree, and only now and then
                     stopped = run.any_process(bool(interrupts))
-                    due = run.any_process(before - keeper.saved > 60 * CHECKPOINT_MINUTES)
+                    due = run.any_process(before - keeper.saved_at > 60 * CHECKPOINT_MINUTES)
                     time_is_up = run.any_process(run.seconds >= seconds)
                 end = stopped or time_is_up or run.step >= steps
                 if (on_record or due or end) and run.any_process(not run.is_sound()):

@@ -326,8 +326,8 @@ LEFT = {
     ("load_generator", "str(error).splitlines()[0][:120]", "str(error).splitlines()[0][:121]"): "a choice",
     (
         "train",
-        "before - keeper.saved > 60 * CHECKPOINT_MINUTES",
-        "(before - keeper.saved >= 60 * CHECKPOINT_MINUTES)",
+        "before - keeper.saved_at > 60 * CHECKPOINT_MINUTES",
+        "(before - keeper.saved_at >= 60 * CHECKPOINT_MINUTES)",
     ): "minutes that are up to the last bit of a clock",
     ("train", "60 * CHECKPOINT_MINUTES", "61 * CHECKPOINT_MINUTES"): "a choice",
     ("train", "run.any_process(False)", "pass"): "several processes wait for each other there",

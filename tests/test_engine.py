@@ -350,16 +350,16 @@ def test_only_what_was_saved_counts_as_saved(tmp_path):
     keeper = vitgan_nb.Keeper(Training(TINY, "cpu"), tmp_path, False)
     (tmp_path / "file").write_text("no folder can be made here")
     for folder, saved in ((tmp_path / "file" / "folder", False), (tmp_path, True)):
-        keeper.folder, keeper.taken_back, keeper.saved = folder, 2, 0.0
+        keeper.folder, keeper.taken_back, keeper.saved_at = folder, 2, 0.0
         keeper.told = {0}
-        assert keeper.save() == saved and keeper.saved > 0
+        assert keeper.save() == saved and keeper.saved_at > 0
         assert (keeper.taken_back == 0, 0 not in keeper.told) == (saved, saved)
     keeper.take_back()
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 0, "not_finite": 1}  # now, not at the end
     keeper.first, keeper.run.any_process = False, lambda answer: disk  # what the first process found
     for disk in (False, True):
         keeper.taken_back, keeper.told = 2, {0}
-        keeper.save()
+        assert keeper.save() == disk
         assert (keeper.taken_back == 0, not keeper.told) == (disk, disk)
 
 

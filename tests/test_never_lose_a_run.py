@@ -439,13 +439,6 @@ def test_what_could_not_be_saved_is_saved_when_there_is_room(tiny, monkeypatch):
 
 def test_compiling_is_told_once_and_not_told_of_what_came_before(tiny, monkeypatch, capsys):
     """A step back counts the steps after it; a failure of an earlier run is not one of this."""
-    step, spoilt = Training.train_step, []
-
-    def train_step(run):
-        step(run)
-        if run.step == 7 and not spoilt:
-            spoilt.append(run.step)
-            spoil_weight(run)
 
     def broken(function, **_):
         def fail(*_):
@@ -454,7 +447,7 @@ def test_compiling_is_told_once_and_not_told_of_what_came_before(tiny, monkeypat
         return fail
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(Training, "train_step", train_step)
+    spoil_step_7(monkeypatch, spoil_weight)
     run = train(replace(tiny, compile=True))  # after step 12 back to 0
     assert run.step == 12 and capsys.readouterr().out.count("Compiling took") == 1
     monkeypatch.setattr(torch, "compile", broken)
@@ -505,8 +498,8 @@ def math_nan():
     return float("nan")
 
 
-@pytest.mark.parametrize("spoil", [spoil_buffer, spoil_weight, spoil_gradient])
-def test_not_finite_goes_back_and_on(tiny, spoil, monkeypatch, capsys):
+def spoil_step_7(monkeypatch, spoil) -> list:
+    """The first time that a run is at step 7, `spoil` it; gives a list that this is noted in."""
     step, spoilt = Training.train_step, []
 
     def train_step(run):
@@ -516,6 +509,12 @@ def test_not_finite_goes_back_and_on(tiny, spoil, monkeypatch, capsys):
             spoil(run)
 
     monkeypatch.setattr(Training, "train_step", train_step)
+    return spoilt
+
+
+@pytest.mark.parametrize("spoil", [spoil_buffer, spoil_weight, spoil_gradient])
+def test_not_finite_goes_back_and_on(tiny, spoil, monkeypatch, capsys):
+    spoilt = spoil_step_7(monkeypatch, spoil)
     run = train(tiny)
     assert run.step == 12 and run.is_sound() and spoilt == [7]
     assert "Not finite at step 12: back to step 0, on with other random numbers." in capsys.readouterr().out
@@ -586,6 +585,22 @@ def test_what_another_branch_left_at_the_same_step_is_not_gone_on_from(tiny, mon
     again = Training(tiny)
     vitgan_nb.resume_from(again, folder, True)
     assert_same(again, load_checkpoint(kept))
+
+
+def test_a_full_disk_leaves_another_branch_in_its_place(tiny, monkeypatch):
+    train(replace(tiny, steps=4))
+    folder = run_folder(tiny)
+    there, other = folder / "checkpoint-000000004.pt", folder / "other.pt"
+    torch.save(load_checkpoint(there) | {"seconds": 9.0}, other)
+    before = there.read_bytes()
+
+    def full(state, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        train(tiny, resume=other)
+    assert there.read_bytes() == before and not list(folder.glob("abandoned*"))
 
 
 def test_a_checkpoint_that_is_damaged_is_written_anew(tiny):
