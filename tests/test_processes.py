@@ -113,6 +113,20 @@ def test_a_process_of_two_takes_its_share_and_sums_are_halved(one_of_two, monkey
     assert agreed[1] is total and agreed[2] is run.sums
 
 
+def test_processes_agree_at_least_every_ten_steps_to_stop(one_of_two, monkeypatch, tmp_path):
+    """So an interrupt is saved before the launcher, which waits for 30 seconds, kills them."""
+    config, step = replace(vitgan_nb.TINY, steps=40, out_dir=str(tmp_path)), vitgan_nb.Training.train_step
+
+    def interrupted(run):
+        step(run)
+        if run.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(vitgan_nb.Training, "train_step", interrupted)
+    run = vitgan_nb.train(config)
+    assert run.step == 10 and run.world == 2
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(case, tmp_path):
     """But for StyleGAN2's discriminator, each process of which forms groups of its own images: there they stay alike."""
