@@ -19,15 +19,16 @@
 # %% [markdown]
 # # ViTGAN, explained and trained
 #
-# A generative adversarial network made of two Vision Transformers, after *ViTGAN: Training GANs with Vision
-# Transformers* (Lee, Chang, Jiang, Zhang, Tu & Liu, ICLR 2022, [arXiv:2107.04589](https://arxiv.org/abs/2107.04589)).
-# This notebook builds every part in PyTorch, says what the part is for, draws it at work, checks it, and says what
-# taking it out did when we tried. Then it trains the whole. You need to know PyTorch; you need not have trained a GAN.
+# A GAN is two networks: one makes images, the other tells them from real ones, and each learns from the other. In
+# *ViTGAN: Training GANs with Vision Transformers* (Lee, Chang, Jiang, Zhang, Tu & Liu, ICLR 2022,
+# [arXiv:2107.04589](https://arxiv.org/abs/2107.04589)) both are Vision Transformers. This notebook builds every part in
+# PyTorch, says what the part is for, draws it at work, checks it, and says what taking it out did when we tried. Then
+# it trains the whole. You need to know PyTorch; you need not have trained a GAN.
 #
 # | `paper`, CIFAR-10, on a GPU | `lesson`, CIFAR-10, on a GPU | `smoke`, built-in shapes, on a CPU |
 # |---|---|---|
 # | ![Samples of the generator in weights/, of the paper's size, trained on CIFAR-10 on a GPU](attachment:samples.png) | ![Samples of the profile lesson, trained on CIFAR-10 on a GPU](attachment:lesson.png) | ![Samples at the end of the default run without a GPU](attachment:default.png) |
-# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): 340. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here, in 12 to 15 minutes of one core that multiplies bfloat16. The outputs stored below are of a core that does not: 50 minutes, beside other work. |
+# | The generator in `weights/`: 2.2 million images, ten minutes of an H200 that three runs shared. FRD, a distance to real images ([20](#measure)): 340. | What a GPU trains here, after four million images: nine minutes of that H200. FRD: 393. Colab's T4 will see fewer. | What a CPU trains here. |
 #
 # **The map.** Above, the generator turns random numbers $z$ into an image. Below, the discriminator gives an image one
 # number, the logit: high for "real", low for "generated". They train in turn. Small numbers name the section.
@@ -39,7 +40,7 @@
 # | $B$ | images in a batch | 128 |
 # | $P$, $N$ | side of a patch in pixels; patches in an image, one token each | 4; 64 |
 # | $D$, $n$, $d$ | width of a token; attention heads; width of a head, $D/n$ | 384; 6; 64 |
-# | $M$ | pixels at which a patch is painted | 16 |
+# | $M$ | pixels of a patch, $P^2$ | 16 |
 # | $z$, $w$ | latent, random; style, made from it by the mapping network | (B, 384) each |
 # | $G(z)$, $D(x)$ | generator and discriminator; a plain $D$ in a shape is the width | |
 # | $h$ | tokens inside a Transformer | (B, 64, 384); 65 in the discriminator |
@@ -51,24 +52,22 @@
 #
 # | profile | for | what it trains | how long |
 # |---|---|---|---|
-# | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core that multiplies bfloat16, else over half an hour |
+# | `smoke` | a computer without a GPU | a generator of 1.0 M weights, on built-in drawings | 12 to 15 minutes on one CPU core that multiplies bfloat16 numbers, over half an hour on an older one |
 # | `lesson` | the free GPU of Colab (T4) | a middle-sized model, on CIFAR-10 | 20 minutes of training; compiling is not counted |
 # | `paper` | a large GPU | the paper's size, on CIFAR-10 | until you stop it, or `MINUTES` |
 #
 # An H100 and an H200 have trained `lesson` and `paper` ([22](#found)). Neither a T4 nor several GPUs have run this yet.
 #
-# **How to use it.** *Runtime → Run all* trains and shows samples; on one core of a CPU it took 13 to 17 minutes, on a
-# slow one 54, most of them in section 19. Or step through: a section is text, a formula, a short cell of code, a
-# picture, and a check that prints a line with a ✓ for each thing that holds. Checks, long figures and the engine are
-# folded; click on a title to open one. `@demo` runs the function below it at once; `LIVE` is true in a notebook.
-# Sections 2 to 17 have an exercise: change the code, run the section again, see what happens (a check that fails ends
-# its cell and is named), and undo it.
+# **How to use it.** *Runtime → Run all* trains and shows samples; nearly all the time goes into section 19. Or step
+# through: a section is text, a formula, a short cell of code, a picture, and a check that prints a line with a ✓ for
+# each thing that holds. Checks, long figures and the engine are folded; click on a title to open one. `@demo` runs the
+# function below it at once; `LIVE` is true in a notebook. Sections 2 to 17 have an exercise: change the code, run the
+# section again, see what happens (a check that fails ends its cell and is named), and undo it.
 #
-# **Measured here**, at the end of a section, is what a change to it did when we trained; skip it on a first reading.
-# *FRD* is a distance to real images: test images have 6, blurred ones 2,047, and two runs that differ in the seed alone
-# can lie 1,050 apart. *Recall* is the share of real images that lie among the samples ([20](#measure)). Unless said
-# otherwise: CIFAR-10, DiffAugment in the losses, and a small model that starts at full contrast, two blocks, 96 wide;
-# at 48,000 images with Muon and a SIREN of depth 2, at 36,000 Muon and depth 4, at 32,000 Adam and depth 2.
+# **Measured here**, folded at the end of a section, says what a change did when we trained. *FRD* is a Fréchet distance
+# to real images, on the features of a ResNet: lower is better; test images have 6, blurred ones 2,047. *Recall* is the
+# share of real images that lie among the samples. Two runs that differ in the seed alone can lie 1,050 apart in FRD.
+# [Section 20](#measure) says what was trained.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -89,7 +88,6 @@
 # Choose, then *Run all*. Profile `auto` is `lesson` on a GPU and `smoke` without one. Data `auto` is what the profile
 # says, and CIFAR-10 also where the environment variable `VITGAN_DATA` names its folder. `FOLDER` names your images or,
 # with `DATASET` cifar10, CIFAR-10's folder. `MINUTES` 0 keeps the profile's limit. `CLASSES`: [section B](#classes).
-# On an H200 `paper` overtakes `lesson` after three minutes (one run each, [22](#found)).
 #
 # A run that was cut off goes on from its last checkpoint when the notebook is run again. When Colab takes the machine
 # away, its disk goes too: `SAVE_TO_DRIVE` keeps the run in your Google Drive, and asks for permission once.
@@ -421,8 +419,8 @@ if LIVE:
 #
 # Whichever it is, they are one tensor of `uint8`; a folder's lies in a file, which may be larger than the memory. A
 # batch is cut out of it and becomes float only then, in $[-1, 1]$; half of the images are mirrored, which doubles the
-# data for free. If you chose CIFAR-10 and it is not to be had, the cell that loads it stops and says what to do; the
-# notebook never trains on something else unasked.
+# data for free. (`sent` copies a tensor to a device.) If you chose CIFAR-10 and it is not to be had, the cell that loads
+# it stops and says what to do; the notebook never trains on something else unasked.
 
 
 # %%
@@ -739,15 +737,17 @@ def test_batches_visit_every_image_once_per_epoch():
 
 
 # %% [markdown]
-# **Wrong in published code.** One port feeds its discriminator real images in $[0, 1]$ (its `Normalize(0, 1)` does
-# nothing) while the generator's output is free and is shown as $[-1, 1]$. The generator then learns to paint hardly
-# anything darker than mid grey: [section 16](#break) shows it.
+# **Wrong in published code.** One reimplementation feeds its discriminator real images in $[0, 1]$ (its `Normalize(0,
+# 1)` does nothing) while the generator's output is free and is shown as $[-1, 1]$. The generator then learns to paint
+# hardly anything darker than mid grey: [section 16](#break) shows it.
 #
 # **Exercise.** In `to_float`, divide by 255 and subtract nothing. Which ✓ fails?
 # <details><summary>Answer</summary>The first of this section: black is 0 then, not −1.</details>
 #
-# **Measured here.** Without mirroring FRD was 3,132 and 2,159, with it 2,771 and 2,520 (two seeds, 48,000 images): no
-# more than seeds differ.
+# <details><summary><b>Measured here</b>: without mirroring, no more than seeds differ</summary>
+#
+# FRD 3,132 and 2,159 without mirrored images, 2,771 and 2,520 with them (two seeds, 48,000 images).
+# </details>
 
 # %% [markdown]
 # <a name="game"></a>
@@ -819,7 +819,8 @@ def play(game: Game, turns: int) -> list[tuple[float, float]]:
 
 # %% [markdown]
 # Dots: black real, orange generated. Colour: what $D$ makes of every place, from blue, surely fake, over white, a mere
-# guess, to red, surely real. At the end the eight places are nearly white: generated points lie there too.
+# guess, to red, surely real. At the end the eight places are nearly white: generated points lie there too. White far
+# from all points means only that nobody has put points there.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -853,13 +854,14 @@ def the_game():
 # 1.386: $D$ tells the two apart with ease. At the line it guesses: the points are right, or $D$ is weak. Look at them.
 #
 # **The saturating loss.** $G$ could as well minimise $-\mathrm{softplus}(D(G(z)))$, the exact opposite of its term in
-# $L_D$. The slope of that by the logit is $-\mathrm{sigmoid}(D)$: near 0 where $D$ is sure of a fake. $G$ then learns
-# nothing just when it has most to learn. Our $L_G$ has the slope $-\mathrm{sigmoid}(-D)$, which is nearly $-1$ there.
+# $L_D$. Its slope in the logit is $-\mathrm{sigmoid}(D)$: near 0 where $D$ is sure of a fake. $G$ then learns nothing
+# just when it has most to learn. Our $L_G$ has the slope $-\mathrm{sigmoid}(-D)$, which is nearly $-1$ there.
 #
-# Below, $D$ gets a head start of 300 turns. With plain gradient descent for $G$, the saturating generator hardly moves
-# in the next 300 turns, in all three seeds. The other one leaves at once, in two of the seeds far past the circle
-# first. With Adam for $G$ both get going, here the saturating one even sooner in two seeds: Adam divides a gradient by
-# its own running size, so a uniformly small one makes no difference.
+# Below, $D$ gets a head start of 300 turns, then both play 300. The *energy distance* between generated and real points
+# is 0 when the two clouds are alike. With plain gradient descent for $G$, the saturating generator hardly moves, in all
+# three seeds. The other one moves at once; in two seeds it overshoots the circle first. With Adam both move, the
+# saturating one even sooner in two seeds: Adam divides a gradient by its own running size, so a uniformly small one
+# makes no difference. We keep the loss that does not rely on this.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -944,18 +946,17 @@ def test_the_game_gives_each_player_its_own_turn():
 # $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
 #
 # $f$ is eight layers deep (two in `smoke`), each $\sqrt2\,\mathrm{LeakyReLU}_{0.2}$ of a linear layer; the $\sqrt 2$
-# keeps the size. Everything in the generator follows from the style, so $f$ should learn slowly, and all other layers
-# equally fast. With Adam neither holds by itself. It moves every weight by about $\eta$ per step (so does Muon,
-# [17](#muon)) whatever the gradient's size: a layer with many inputs starts with small weights and is rewritten by such
-# a step, one with few inputs hardly notices. The **equalized learning rate** (Karras et al. 2018) stores all weights at
-# one size and scales them in use, with $m$ (`lr_multiplier`) 1 in most layers:
+# keeps the size. Everything in the generator follows from the style, so $f$ should learn slowly. All other layers
+# should learn equally fast. Adam gives neither. It moves every weight by about $\eta$ per step, whatever the gradient's
+# size (so does Muon, [17](#muon)). A layer with many inputs starts with small weights, and such a step rewrites them. A
+# layer with few inputs starts with large ones, and hardly changes. The **equalized learning rate** (Karras et al. 2018)
+# stores all weights at one size and scales them in use, with $m$ (`lr_multiplier`) 1 in most layers:
 #
 # $$o = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
 # Inputs $x$ of size 1 give outputs $o$ of size 1 at any width, and a step changes the weights of every layer by the
-# same *share*. With $m = 0.01$ a layer starts the same and learns 100 times slower: so does the mapping network. In a
-# run as short as `smoke`'s that is hardly at all: after 39,500 images it had changed by 0.3 %, the generator's blocks
-# by 27 %. All linear layers below are of this kind.
+# same *share*. With $m = 0.01$ a layer starts the same and learns 100 times slower: so does the mapping network. All
+# linear layers below are of this kind.
 
 
 # %%
@@ -1073,8 +1074,12 @@ def test_mapping_network():
 # <details><summary>Answer</summary>The mapping network's: leaky ReLU about halves the mean square at each layer, so
 # after eight layers <i>w</i> has about a sixteenth of its size, and modulates a sixteenth as much.</details>
 #
-# **Measured here.** A mapping network as fast as all else, $m = 1$: FRD 1,403 after 8 minutes of one core (one seed),
-# `smoke` with DiffAugment in its losses 1,457 and 1,401: no difference. Equalized layers were not taken out.
+# <details><summary><b>Measured here</b>: a mapping network as fast as all else made no difference</summary>
+#
+# With $m = 1$ FRD 1,403 after 8 minutes of one core (one seed), where `smoke` with DiffAugment in its losses has 1,457
+# and 1,401. With $m = 0.01$ the mapping network hardly learns in a run so short: after 39,500 images it had changed by
+# 0.3 %, the generator's blocks by 27 %. Equalized layers were not taken out.
+# </details>
 
 # %% [markdown]
 # <a name="waves"></a>
@@ -1084,14 +1089,15 @@ def test_mapping_network():
 # Both get their position as sines, because a network that is fed with two raw coordinates learns slow variations first
 # and sharp ones hardly ever (Tancik et al. 2020). With $v \in [-1, 1]^2$:
 #
-# $$\text{position embedding}\quad h_0 = \sin(A v + b), \qquad \text{Fourier features}\quad E(v) = \sin(A' v + b')$$
+# $$\text{position embedding}\quad h_0 = \sin(A v + b), \qquad \text{Fourier features}\quad \phi(v) = \sin(A' v + b')$$
 #
-# Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. In $h_0$, $v$ is a
+# Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. A *turn* is one period of
+# the sine, $2\pi$. Across is two units, from $-1$ to 1: half a turn across is $\pi/2$ a unit. In $h_0$, $v$ is a
 # patch's centre in the image, and the waves start with about half a turn across the image, so that neighbouring patches
-# start out alike. In $E$, $v$ is a pixel's place in its patch, and the waves start slow, with an eighth of a turn
+# start out alike. In $\phi$, $v$ is a pixel's place in its patch, and the waves start slow, with an eighth of a turn
 # across the patch: at first they say little more than raw coordinates. Sharper detail is left to the sines of the
-# decoder ([8](#patch)), and to training, which may make these waves faster. To start faster did worse (below). The
-# pixels of all patches are in the same places: their features are computed once per pass.
+# decoder ([8](#patch)), and to training, which may make these waves faster. The pixels of all patches are in the same
+# places: their features are computed once per pass.
 
 
 # %%
@@ -1125,9 +1131,9 @@ class FourierFeatures(nn.Module):
 
 
 # %% [markdown]
-# Above, six features of the position embedding at the start, over the 8 × 8 patches. Below, six Fourier features over
-# one patch; the grid marks its 4 × 4 pixels. They are smooth and defined everywhere between, which is how [section
-# 21](#explore) paints at a higher resolution than it trained.
+# Above, six features of the position embedding at the start, over the 8 × 8 patches; blue is 1, white 0, red −1. Below,
+# six Fourier features over one patch; the grid marks its 4 × 4 pixels. They are smooth and defined everywhere between,
+# which is how [section 21](#explore) paints at a higher resolution than it trained.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1172,9 +1178,12 @@ def test_fourier_features_tell_pixels_apart():
 # <details><summary>Answer</summary>That of the Fourier features: the pixels of a patch can hardly be told apart. A
 # patch would begin as one flat colour.</details>
 #
-# **Measured here.** A position embedding that starts with half a turn in place of a whole one: FRD 1,427 and 1,250
-# against 1,716 and 1,562 after 36,000 images, better with both. A quarter of a turn: 1,522 against 1,250. With a whole
-# turn (1,562), Fourier features four times faster at the start: 2,755; slower: 1,561 (one seed each).
+# <details><summary><b>Measured here</b>: position waves of half a turn did better than of a whole one</summary>
+#
+# FRD 1,427 and 1,250 with half a turn, 1,716 and 1,562 with a whole one (36,000 images); a quarter of a turn 1,522
+# against 1,250. With a whole turn (1,562), Fourier features that start four times faster 2,755, four times slower 1,561
+# (one seed each).
+# </details>
 
 # %% [markdown]
 # <a name="sln"></a>
@@ -1190,9 +1199,9 @@ def test_fourier_features_tell_pixels_apart():
 # $\gamma(w)$ and $\beta(w)$ in $\mathbb R^D$ are one linear layer of the style, the same for all tokens of an image. So
 # $w$ cannot say *"an eye goes here"*. It turns features up and down; the position embedding decides where they matter.
 #
-# The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, which is plain LayerNorm at
-# $\gamma = \beta = 0$. Training does not start there: the layer is equalized, so $\gamma$ and $\beta$ begin with size
-# 1, and a style turns features up, down or over from the first step.
+# The paper's formula scales by $\gamma$; the authors' code, and we, by $1 + \gamma$, so that $\gamma = \beta = 0$ is
+# plain LayerNorm. At the start $\gamma$ and $\beta$ have size 1: a style makes features larger, smaller or of the other
+# sign from the first step.
 
 
 # %%
@@ -1249,10 +1258,13 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 # **Exercise.** Take `w.mean(0, keepdim=True)` for `w` in `forward`. Which ✓ fails, and what would the samples be?
 # <details><summary>Answer</summary>SLN's, and later the generator's: all images of a batch would be one.</details>
 #
-# **Measured here.** LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against
-# 3,297 and 3,377 (32,000 images), no worse, but its samples show only a few motifs. Plain LayerNorm at the end only:
-# 1,525 against 1,134 and 1,295 (`smoke` with DiffAugment in its losses, 15 minutes), recall 0.01 against 0.13 and 0.10
-# (one seed). $\gamma$ in place of $1 + \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), alike.
+# <details><summary><b>Measured here</b>: plain LayerNorm has no worse FRD, but its samples show few motifs</summary>
+#
+# LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against 3,297 and 3,377
+# (32,000 images). Plain LayerNorm at the end only: 1,525 against 1,134 and 1,295 (`smoke` with DiffAugment in its
+# losses, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place of $1 + \gamma$: 2,727 and 2,931
+# against 2,771 and 2,520 (48,000 images), alike.
+# </details>
 
 # %% [markdown]
 # <a name="block"></a>
@@ -1264,7 +1276,8 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 # $$\mathrm{Attention}(h) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d}}\right) V$$
 #
 # $Q$, $K$ and $V$ are three linear layers of the tokens $h$, cut into heads; a fourth mixes what the heads return. The
-# division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$.
+# division by $\sqrt d$ comes *before* the softmax, and $d$ is the width of one head, not $D$. In `attend`, `bias` is
+# for section 12; here there is none.
 
 
 # %%
@@ -1398,9 +1411,11 @@ def test_generator_block_is_its_two_equations():
 # <details><summary>Answer</summary>The block's. Attention and MLP then get the same scale and shift from a style, and
 # cannot be turned up and down apart.</details>
 #
-# **Measured here.** No blocks in the generator, from the positions straight to the last norm: FRD 1,482 after 50,000
-# images, where four runs of `smoke` with DiffAugment in its losses have 1,242 to 1,478 (one seed). So early, norm and
-# patch decoder get nearly as far alone. None of the mistakes was trained by itself.
+# <details><summary><b>Measured here</b>: early on, a generator without any blocks gets nearly as far</summary>
+#
+# From the positions straight to the last norm: FRD 1,482 after 50,000 images (one seed), where four runs of `smoke` with
+# DiffAugment in its losses have 1,242 to 1,478.
+# </details>
 
 # %% [markdown]
 # <a name="patch"></a>
@@ -1411,15 +1426,15 @@ def test_generator_block_is_its_two_equations():
 # tell this network, which all patches share, what to paint? By scaling its weights, as StyleGAN2 does. A linear layer
 # turns $y$ into one factor $s_j$ per input, and this patch uses
 #
-# $$W'_{ij} = s_j\,W_{ij}, \qquad \text{with demodulation}\quad W''_{ij} = \frac{W'_{ij}}{\sqrt{\sum_j W'^2_{ij} + \epsilon}}$$
+# $$W'_{ij} = s_j\,W_{ij}, \qquad W'x = W(s \odot x)$$
 #
-# Written so, a batch of 64 images of 64 patches needs 4,096 matrices. But scaling the columns of a matrix is scaling
-# what it is multiplied with, and scaling its rows is scaling what comes out:
+# With a $W'$ for each patch, a batch of 64 images of 64 patches needs 4,096 matrices. But scaling the columns of a
+# matrix is scaling what it is multiplied with: one product for all patches of all images, and the same numbers (biases
+# are left out above).
 #
-# $$W'x = W(s \odot x), \qquad W''x = \delta \odot W(s \odot x), \quad \delta_i = \Bigl(\textstyle\sum_j W_{ij}^2 s_j^2 + \epsilon\Bigr)^{-1/2}$$
-#
-# One product for all patches of all images, the same numbers (biases are left out above). Demodulation takes back the
-# change of size that $s$ brings; it is off by default, and never used for the layer to RGB.
+# **Demodulation** (off by default) divides each row of $W'$ by its length, which takes back the change of size that $s$
+# brings: $W''x = \delta \odot W(s \odot x)$ with $\delta_i = \bigl(\sum_j W_{ij}^2 s_j^2 + \epsilon\bigr)^{-1/2}$. The
+# layer to RGB never has it.
 
 
 # %%
@@ -1441,10 +1456,10 @@ class ModulatedLinear(nn.Module):
         s = self.scale(y)[:, :, None]  # (B, N, 1, in)
         if not self.demodulate:
             return self.linear(x * s)  # (B, N, M, out)
-        w = self.linear.weight * self.linear.weight_gain  # (out, in)
+        weight = self.linear.weight * self.linear.weight_gain  # (out, in)
         with torch.autocast(x.device.type, enabled=False):  # a sum of squares, in float32
-            delta = torch.rsqrt(s.to(w.dtype).square() @ w.square().T + 1e-8)  # (B, N, 1, out)
-        return delta * F.linear(x * s, w) + self.linear.bias  # (B, N, M, out)
+            delta = torch.rsqrt(s.to(weight.dtype).square() @ weight.square().T + 1e-8)  # (B, N, 1, out)
+        return delta * F.linear(x * s, weight) + self.linear.bias  # (B, N, M, out)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1464,7 +1479,7 @@ def test_modulated_linear_is_one_matrix_per_patch():
 
 
 # %% [markdown]
-# The network itself is a **SIREN** (Sitzmann et al. 2020): layers whose activation is a sine. With $x_0 = E(v)$, the
+# The network itself is a **SIREN** (Sitzmann et al. 2020): layers whose activation is a sine. With $x_0 = \phi(v)$, the
 # Fourier features of section 5, and every one of its $K$ layers (`depth`) a modulated layer $\mathrm{Mod}$:
 #
 # $$x_{k} = \sin\bigl(\omega_0\,\mathrm{Mod}_k(x_{k-1}, y)\bigr),\; k = 1, \dots, K-1, \qquad \mathrm{colour}(v) = \mathrm{Mod}_\text{RGB}(x_{K-1}, y)$$
@@ -1560,19 +1575,20 @@ def sine_and_relu_paint_the_same_image():
     with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as file:  # comes with matplotlib
         photo = np.array(file.crop((80, 20, 432, 372)).resize((32, 32), Image.Resampling.BOX))
     images = torch.from_numpy(photo).permute(2, 0, 1)[None], draw_shapes(5)[-1:]
-    for (axis, *others), image in zip(axes, images, strict=True):
-        show_images(image, "the image", axis=axis)
+    for (axis, *others), image, named in zip(axes, images, (True, False), strict=True):
+        show_images(image, "the image" * named, axis=axis)
         for other, (name, painter) in zip(others, PAINTERS.items(), strict=True):
             fits = [learn_by_heart(image, *painter) for _ in range(3)]  # three random starts
             psnr = np.array([fit[0] for fit in fits])
             fine = fits[0][1](patch_centres(128)).T.reshape(1, 3, 128, 128)
-            show_images(fine, f"{name}\n{psnr.mean():.1f} ± {psnr.std():.1f} dB", axis=other)
+            show_images(fine, f"{name}\n" * named + f"{psnr.mean():.1f} ± {psnr.std():.1f} dB", axis=other)
 
 
 # %% [markdown]
-# On the photograph, Fourier features gain 6 dB and sines in place of ReLU more: 3 at $\omega_0 = 1$, 10 at 3. On the
-# drawing sines gain nothing, and lose at 1 and 10. At 10 all between the pixels is noise: these sines start too steep;
-# with weights divided by $\omega_0$ at the start (Sitzmann et al. 2020) there is none. In the GAN 3 was not better.
+# The score counts the 32 × 32 pixels only; the picture also shows what lies between them. On the photograph Fourier
+# features gain 6 dB, and sines in place of ReLU 3 more at $\omega_0 = 1$, 10 at 3. On the drawing sines gain nothing,
+# and lose at 1 and 10. At 10 the pixels are nearly right, and between them is noise: these sines start too steep; with
+# weights divided by $\omega_0$ at the start (Sitzmann et al. 2020) there is none. In the GAN 3 was not better than 1.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1614,19 +1630,24 @@ def test_patches_to_image_undoes_cutting():
 
 
 # %% [markdown]
-# **Wrong in published code.** One port reshapes (B, pixels, channels) to (1, B·channels, pixels) for a grouped
-# convolution without a transpose, which silently mixes pixels with channels, and likewise on the way out.
+# **Wrong in published code.** One reimplementation reshapes (B, pixels, channels) to (1, B·channels, pixels) for a
+# grouped convolution without a transpose, which silently mixes pixels with channels, and likewise on the way out.
 #
 # **Exercise.** In `patches_to_image`, exchange 3 and 1 in `permute`. Which ✓ fails, and what would you see?
 # <details><summary>Answer</summary><i>Patches to image</i>: the image comes out scrambled, rows of pixels and rows of
 # patches exchanged. The shapes are still right, which is why nothing else complains.</details>
 #
-# **Measured here.** Depth of the SIREN 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1)
-# after 48,000 images, the largest gain of all that we tried; at 200,000 images it shows in recall alone. $\omega_0$ 3
-# in place of 1: 2,768 and 3,436, nothing or worse. Demodulation: 3,400 against 1,562 after 36,000 images (one seed).
-# One linear layer in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): it paints mosaics.
-# Grey at the start, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830 (two seeds), at full contrast 3,847
-# (one seed); from 50,000 on no difference.
+# <details><summary><b>Measured here</b>: a deeper SIREN, the largest gain of all that we tried</summary>
+#
+# * *Depth* 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1) after 48,000 images. At
+#   200,000 images it shows in recall alone.
+# * *One linear layer* in place of the SIREN: 6,579 and 5,698 against 3,297 and 3,377 (32,000 images): mosaics.
+# * $\omega_0$ 3 in place of 1: 2,768 and 3,436 against 2,771 and 2,520, nothing or worse.
+# * *Demodulation*: 3,400 against 1,562 after 36,000 images (one seed).
+# * *Grey at the start*, `smoke` after 16,000 images, 2,000 samples: 1,712 and 1,830 (two seeds), at full contrast 3,847
+#   (one seed); from 50,000 on no difference.
+#
+# </details>
 
 
 # %% [markdown]
@@ -1733,8 +1754,8 @@ def test_generator():
 # %% [markdown]
 # **Exercise.** In `tokens`, leave out `torch.sin`. No ✓ fails: why, and what is lost?
 # <details><summary>Answer</summary>The checks ask that images differ and that every weight has a part in them, and both
-# still hold. But each feature of the position is then a straight slope across the image, and the first SLN sees little
-# but two directions.</details>
+# still hold. But each feature is then a straight slope across the image. The 64 tokens differ in two directions only,
+# left to right and top to bottom, and all finer patterns are left to the blocks.</details>
 
 # %% [markdown]
 # <a name="diffaugment"></a>
@@ -1743,17 +1764,18 @@ def test_generator():
 # The other half: the discriminator. Shown the same 50,000 images again and again it learns them by heart, and then its
 # opinion of anything else is worthless. Augmentation is the usual cure, but if only the *real* images are augmented,
 # the generator learns to paint augmented images. DiffAugment (Zhao et al. 2020) transforms **real and generated images
-# alike**, in both networks' steps, with operations $T$ that gradients pass through, so that the generator is told what
-# to change in the image *before* the transformation:
+# alike**, with operations $T$ that gradients pass through, so that the generator is told what to change in the image
+# *before* the transformation:
 #
 # * **color**: brightness by −0.5 to 0.5, saturation by a factor of 0 to 2, contrast by one of 0.5 to 1.5;
 # * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
 # * **cutout**: a square of half the side set to zero (mid grey).
 #
-# In the paper the losses of both networks see only $T(x)$ and $T(G(z))$ (`diff_augment=True`). In our three profiles
-# the losses see the images themselves, and $T$ serves a second term of the discriminator alone, the *consistency*
-# ([15](#losses)): an image and its transformed copy should get the same logit. In runs as short as ours the networks
-# learned more that way (below), and learning by heart only begins to show ([22](#found)). `smoke` has no cutout.
+# In the paper the losses of both networks see only $T(x)$ and $T(G(z))$ (`diff_augment=True`). Our profiles use $T$ in a
+# weaker way. The losses see the images themselves, and the discriminator is asked to give an image and its transformed
+# copy the same logit: the *consistency* of [section 15](#losses). In runs as short as ours that gave more variety.
+# `smoke` has no cutout. In `random_translation` the image is padded with zeros; each output pixel is then read from a
+# shifted row and column.
 
 
 # %%
@@ -1800,8 +1822,8 @@ def diff_augment(images: Tensor, policy: str) -> Tensor:
 
 # %% [markdown]
 # One image, and seven times what each operation and all three make of it. You still see what it is; a discriminator
-# that had learned pixels by heart would not. The slider `strength` pulls all random numbers to the middle of their
-# range.
+# that had learned pixels by heart would not. The slider `strength` weakens the randomness: at 0 colour and translation
+# do nothing, and cutout always cuts out the middle.
 
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
@@ -1862,10 +1884,15 @@ def test_diff_augment():
 # <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. The mean gradient stays, as each
 # image is judged alone; single steps get noisier.</details>
 #
-# **Measured here.** With DiffAugment in the losses, as in the paper, `smoke` has FRD 1,242 to 1,478, recall 0.08 to
-# 0.13 after 50,000 images (four runs), without 1,120 and 955, **0.24 and 0.20**; `paper` after 800,000 663 and 688,
-# 0.25 and 0.18, without 532, **0.48** (one run). In a small model with Adam it was the other way round: 3,297 and 3,377
-# with, 4,230 and 4,654 without (32,000 images).
+# <details><summary><b>Measured here</b>: without DiffAugment in the losses, more variety in all three profiles</summary>
+#
+# | | FRD with $T$ in the losses | recall | FRD without | recall |
+# |---|---|---|---|---|
+# | `smoke`, 50,000 images | 1,242 to 1,478 (four runs) | 0.08 to 0.13 | 1,120, 955 | 0.24, 0.20 |
+# | `paper`, 800,000 images | 663, 688 | 0.25, 0.18 | 532 (one run) | 0.48 |
+# | the small model, Adam, 32,000 images | 3,297, 3,377 | below 0.02 | 4,230, 4,654 | below 0.02 |
+#
+# </details>
 
 # %% [markdown]
 # <a name="overlap"></a>
@@ -1902,29 +1929,32 @@ class OverlappingPatchEmbedding(nn.Module):
 
 
 # %% [markdown]
-# A real image with two neighbours marked, and those patches as the discriminator gets them: they share a strip as wide
-# as P, so the border between them is inside both. On the right, how many patches hold each pixel. `overlap` says by how
-# many pixels a patch is extended; at 0 every pixel is in one patch alone.
+# A real image with two neighbours marked, and those patches as the discriminator gets them: right of the dashed line in
+# the first and left of it in the second lies the same strip, as wide as P, so the border between them is inside both.
+# On the right, how many patches hold each pixel. `overlap` says by how many pixels a patch is extended; at 0 every
+# pixel is in one patch alone.
 
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
 # @title Sliders: overlapping patches on a real image
 @sliders(image=first_images, row=along_a_side, column=along_a_side, overlap=lambda: (0, config.patch_size))
-def overlapping_patches_on_a_real_image(image=0, row=2, column=3, overlap=2):
+def overlapping_patches_on_a_real_image(image=2, row=3, column=3, overlap=2):
     p, grid, side = config.patch_size, config.grid, config.patch_size + 2 * overlap
-    image = to_float(train_images[[image]])  # (1, 3, H, W)
+    image, at = to_float(train_images[[image]]), min(column, grid - 2)  # (1, 3, H, W); the last has no right neighbour
     patches = F.unfold(image, side, stride=p, padding=overlap)  # (1, 3 · side², N)
     held = F.fold(torch.ones_like(patches), config.image_size, side, stride=p, padding=overlap)[0, 0]  # (H, W)
     _, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="tight")
     show_images(image, "the image", axis=axes[0])
-    for axis, colour, at in ((axes[1], "tab:red", column), (axes[2], "tab:blue", (column + 1) % grid)):
-        corner = (at * p - overlap - 0.5, row * p - overlap - 0.5)  # pixel 0 reaches from -0.5 to 0.5
+    for axis, colour, c, border in ((axes[1], "tab:red", at, p), (axes[2], "tab:blue", at + 1, 2 * overlap)):
+        corner = (c * p - overlap - 0.5, row * p - overlap - 0.5)  # pixel 0 reaches from -0.5 to 0.5
         axes[0].add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=2))
-        show_images(patches[0, :, row * grid + at].reshape(1, 3, side, side), axis=axis)
-        axis.set_title(f"patch ({row}, {at}), {side} × {side} pixels", color=colour, fontsize=10)
-    axes[3].imshow(held, vmin=0, vmax=9)
+        show_images(patches[0, :, row * grid + c].reshape(1, 3, side, side), axis=axis)
+        axis.axvline(border - 0.5, color="white", linestyle="--")  # here the strip begins, or ends, that both hold
+        axis.set_title(f"patch ({row}, {c}), {side} × {side} pixels", color=colour, fontsize=10)
+    picture = axes[3].imshow(held, vmin=0, vmax=9)
     axes[3].axis("off")
-    axes[3].set_title(f"a pixel is in {held.min():.0f} to {held.max():.0f} patches", fontsize=10)
+    axes[3].set_title("patches that hold a pixel", fontsize=10)
+    plt.colorbar(picture, ax=axes[3], ticks=held.unique(), fraction=0.05)
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1945,8 +1975,11 @@ def test_overlapping_patches():
 # fails, and what will the generator get away with? <details><summary>Answer</summary><i>Overlapping patches</i>. A step
 # in brightness at a patch's border costs it little: no token sees both sides.</details>
 #
-# **Measured here.** Without overlap FRD was *lower*: 2,875 and 2,789 against 3,297 and 3,377 (32,000 images). That is
-# three minutes of training; we do not know what overlap is worth in a long one.
+# <details><summary><b>Measured here</b>: without overlap, in a short run, FRD was <i>lower</i></summary>
+#
+# 2,875 and 2,789 against 3,297 and 3,377 (32,000 images). That is three minutes of training; we do not know what overlap
+# is worth in a long one.
+# </details>
 
 # %% [markdown]
 # <a name="l2"></a>
@@ -1983,7 +2016,7 @@ class L2Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         q, v = split_heads(self.qk(h), self.heads), split_heads(self.value(h), self.heads)  # (B, heads, N, d) each
-        scale = 1 / q.shape[-1]  # a number
+        scale = 1 / q.shape[-1]  # 1 / d
         bias = -scale * q.square().sum(-1)[:, :, None]  # (B, heads, 1, N)
         return self.out(merge_heads(attend(q, q, v, 2 * scale, bias)))  # (B, N, D)
 
@@ -1994,11 +2027,12 @@ class L2Attention(nn.Module):
 
 
 # %% [markdown]
-# **Why over $d$.** The paper divides by $\sqrt d$. For normalised tokens, and a $W_q$ that keeps their size as ours
-# does, the squared distance to another token is about $2d$ and to oneself 0, so the others start $2\sqrt d$ behind: at
-# $d = 64$ a factor of $e^{-16}$ each. The class token of section 14 then attends to itself, nothing of the image
-# reaches the logit, and section 13 *keeps* the scale of $W_q$ where it began. Over $d$ the others start 2 behind.
-# Below, the share of its attention that a token gives to itself, at the paper's width, before training.
+# **Why over $d$.** The paper divides by $\sqrt d$. Tokens here are normalised, and $W_q$ keeps their size: the squared
+# distance to another token is about $2d$, to oneself 0. Over $\sqrt d$ another token's logit is $2\sqrt d$ lower: 16 at
+# $d = 64$, a factor of $e^{-16}$. Then a token sees only itself. So does the extra token off which the discriminator
+# reads its answer ([14](#discriminator)): nothing of the image would reach it, and section 13 holds the scale of $W_q$
+# where it began. Over $d$ it is 2 lower. Below, the share of its attention that a token gives to itself, at the paper's
+# width, before training.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -2014,13 +2048,14 @@ def attention_to_oneself():
 
 
 # %% [markdown]
-# With one head of full width this attention is Lipschitz, over $\sqrt d$ and over $d$, as long as $W_q$ is invertible.
-# With several it is not: the $W_q$ of a head makes $d$ numbers of $D$ and is blind to some directions. Tokens that
-# differ in these alone are equal to it, however far apart their values are. The farther, the steeper: the check tries
-# it. Kim et al. also multiply the values by $W_qW_q^\top$ of the head, which rules this out; ViTGAN leaves it out. Here
-# the LayerNorm before the attention limits the tokens' length, but for its gain. That limits dot-product attention too,
-# so the argument is weaker here than in general.
-#
+# **How far the bound goes.** With one head as wide as the token and an invertible $W_q$, this attention is Lipschitz,
+# over $\sqrt d$ or over $d$. With several heads it is not. The $W_q$ of one head sees $d$ of $D$ directions. Two tokens
+# that differ only in the others look equal to it, however far apart their values are; the check tries it. Kim et al.
+# close this gap with a further factor of the values, which ViTGAN leaves out. Also, the LayerNorm before the attention
+# limits how long tokens get, up to its gain, and that helps dot products too. So the bound is a reason to try L2
+# attention, not a proof that it is needed.
+
+# %% [markdown]
 # What one patch of a real image attends to, before any training: the patch marked in red, $2P \times 2P$ as it is
 # embedded, and its attention in the L2 and in the dot-product form. L2 looks at patches that *look alike*, itself
 # first; the dot product, which is not tied, at whatever a random matrix points to.
@@ -2089,7 +2124,10 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 # **Exercise.** Turn the sign: `-2 * scale`, `bias = scale * …`, no `-` in `weights`. Which ✓ fails, who is looked at?
 # <details><summary>Answer</summary>L2 attention's formula. The most distant patch, and the token itself least.</details>
 #
-# **Measured here.** Dot-product attention in its place: FRD 3,364 and 3,417 against 3,297 and 3,377 (32,000): alike.
+# <details><summary><b>Measured here</b>: dot-product attention in its place, alike</summary>
+#
+# FRD 3,364 and 3,417 against 3,297 and 3,377 (32,000 images).
+# </details>
 
 # %% [markdown]
 # <a name="isn"></a>
@@ -2103,10 +2141,11 @@ def test_l2_attention_stays_bounded_where_dot_product_explodes():
 #
 # At the start this changes nothing; afterwards no training changes how steep the layer is.
 #
-# $\sigma(W)$ is followed cheaply by power iteration: vectors $u, v$ are kept, and each call in training mode does $v
-# \leftarrow W^\top u / \|\cdot\|$, $u \leftarrow W v / \|\cdot\|$, $\sigma = u^\top W v$. The weights move little per
-# step, so one iteration keeps up. $\sigma(W_\text{init})$ must be exact, as it is kept for good: it comes from a full
-# decomposition. $u$, $v$ and $\sigma(W_\text{init})$ are buffers, so that a checkpoint holds them.
+# $\sigma(W)$ is followed cheaply by *power iteration*: a vector multiplied by $W^\top W$ again and again turns to the
+# direction in which $W$ is steepest. Vectors $u$ and $v$ are kept. Each call in training mode does one round,
+# $v \leftarrow W^\top u$ and $u \leftarrow W v$, each scaled to length 1; then $\sigma = u^\top W v$. The weights move
+# little per step, so one round keeps up. $\sigma(W_\text{init})$ must be exact, as it is kept for good: it comes from a
+# full decomposition. $u$, $v$ and $\sigma(W_\text{init})$ are buffers, so that a checkpoint holds them.
 
 
 # %%
@@ -2228,19 +2267,20 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # section, and section B's: a layer is no longer itself at the start. The second would pass: the layer's steepness is
 # held here too, only at 1.</details>
 #
-# **Measured here.** Plain spectral normalisation, each layer with its gain as steep as 1: FRD 3,493 and 3,575; none:
-# 3,477 and 3,295; as it is 3,297 and 3,377 (32,000 images): no more than seeds differ.
+# <details><summary><b>Measured here</b>: plain or no spectral normalisation, no more than seeds differ</summary>
+#
+# FRD with plain spectral normalisation, each layer with its gain as steep as 1, 3,493 and 3,575; with none 3,477 and
+# 3,295; as it is 3,297 and 3,377 (32,000 images).
+# </details>
 
 # %% [markdown]
 # <a name="discriminator"></a>
 # ## 14. Discriminator
 #
-# A Vision Transformer: overlapping patches and a class token, position embedding (a learned table, not waves), pre-norm
-# blocks with L2 attention, and a linear layer that reads one number off the class token. Improved spectral
-# normalisation on every linear layer.
-#
-# The **class token** is one extra learned token that stands for no patch; the answer is read off it. That number is a
-# **logit** and must be free to take any value.
+# A Vision Transformer. Its tokens are the overlapping patches and one extra learned token, the **class token**, which
+# stands for no patch. A position embedding (a learned table, not waves) is added; pre-norm blocks with L2 attention
+# follow. A linear layer reads one number off the class token: the **logit**, which must be free to take any value. Every
+# linear layer has improved spectral normalisation.
 
 
 # %%
@@ -2322,9 +2362,12 @@ def test_discriminator():
 # **Exercise.** Read the logit off the mean of all tokens, `h.mean(1)` for `h[:, 0]`. Does a ✓ fail?
 # <details><summary>Answer</summary>None: it is another way to read the answer off, and sound.</details>
 #
-# **Measured here.** The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but
-# Adam and batches of 32; one seed). In `smoke` with DiffAugment in its losses, depth 6, not 3: 1,556 (one seed) against
-# 1,242 to 1,478 (50,000 images).
+# <details><summary><b>Measured here</b>: the mean of all tokens, or twice the depth: no better</summary>
+#
+# The mean of all tokens in place of the class token: FRD 4,133 against 3,778 (48,000 images, but Adam and batches of
+# 32; one seed). In `smoke` with DiffAugment in its losses, depth 6, not 3: 1,556 (one seed) against 1,242 to 1,478
+# (50,000 images).
+# </details>
 
 # %% [markdown]
 # <a name="losses"></a>
@@ -2394,12 +2437,17 @@ def test_balanced_consistency():
 # **Wrong in published code.** Subtract logits of shape (B,) from (B, 1), and PyTorch forms all B × B differences: every
 # image is asked to score like *every other*, and the discriminator goes flat. So shapes are compared.
 #
-# **Exercise.** Leave that comparison out. Which ✓ fails?
-# <details><summary>Answer</summary>bCR's: shapes that would broadcast are no longer refused.</details>
+# **Exercise.** Leave that comparison out. With `l = torch.tensor([1., -2., 3.])`, what should
+# `balanced_consistency(l, l[:, None], 1)` be, and what is it? Which ✓ fails?
+# <details><summary>Answer</summary>0, as each image is compared with itself. It is 8.44, the mean over all nine pairs;
+# bCR's ✓ fails.</details>
 #
-# **Measured here.** Without bCR: FRD 2,912 and 4,558 against 3,297 and 3,377 (32,000 images): one seed better, one
-# worse. Weights of 1 and 10 in place of 0.3: 2,073 and 2,977, 2,458 and 2,542 against 2,771 and 2,520 (48,000 images):
-# no more than seeds differ. The logits of real and generated images end 1.1, 0.4 and 0.05 apart at 0.3, 1 and 10.
+# <details><summary><b>Measured here</b>: without bCR, or with heavier weights, no more than seeds differ</summary>
+#
+# Without bCR FRD 2,912 and 4,558 against 3,297 and 3,377 (32,000 images): one seed better, one worse. Weights of 1 and
+# 10 in place of 0.3: 2,073 and 2,977, 2,458 and 2,542 against 2,771 and 2,520 (48,000 images). The logits of real and
+# generated images end 1.1, 0.4 and 0.05 apart at 0.3, 1 and 10.
+# </details>
 
 # %% [markdown]
 # <a name="step"></a>
@@ -2663,9 +2711,9 @@ def test_moving_average():
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
-# | *real* and *fake* lie between −0.17 and 0; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: the run settles on its left arm (before it, real images have −3.0, generated ones −2.1), which is nearly flat, so the generator is told next to nothing | [14](#discriminator) |
+# | *real* and *fake* lie between −0.17 and 0; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: its output cannot fall below −0.17. The head's own output settles at −3.0 for real and −2.1 for generated images, where the GELU is nearly flat, so hardly any gradient reaches the generator | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
-# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment nor bCR (this small model has both, in the losses too; the whole `smoke` learned without, one seed) | [10](#diffaugment), [15](#losses) |
+# | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment, which is in this model's losses too, nor bCR | [10](#diffaugment), [15](#losses) |
 
 
 # %%
@@ -2739,8 +2787,11 @@ def test_gelu_after_the_head_caps_the_loss():
 # training stop? <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets
 # gradients that its own `zero_grad` throws away.</details>
 #
-# **Measured here.** Half-lives of 1.25, 2.5, 5, 10, 20 and 40 % of the images seen, in one run of `smoke`'s size with a
-# SIREN of depth 2: FRD 989, 942, 935, 950, 1,052 and 1,293 after 200,000 images (one seed, 5,000 samples).
+# <details><summary><b>Measured here</b>: half-lives of 2.5 to 10 % of the images seen are alike</summary>
+#
+# In one run of `smoke`'s size with a SIREN of depth 2, after 200,000 images: FRD 989, 942, 935, 950, 1,052 and 1,293
+# with 1.25, 2.5, 5, 10, 20 and 40 % (5,000 samples).
+# </details>
 
 # %% [markdown]
 # <a name="muon"></a>
@@ -2912,9 +2963,12 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # <details><summary>Answer</summary>Muon's: the directions are not yet lifted to one length, and the step is closer to
 # the plain gradient.</details>
 #
-# **Measured here.** `smoke`'s size with a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000
-# samples); Muon 2,173, 1,614 and 1,340 (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and
-# 3,321 against 2,771 and 2,520 (48,000 images, the small model), slower; doubled: 2,304 and 2,351, perhaps better.
+# <details><summary><b>Measured here</b>: Muon far ahead of Adam at <code>smoke</code>'s size</summary>
+#
+# With a SIREN of depth 2, FRD after 100,000 images: Adam 3,679 (one seed, 2,000 samples); Muon 2,173, 1,614 and 1,340
+# (10,000 samples, which lowers it a little). Its learning rate halved: 3,601 and 3,321 against 2,771 and 2,520 (48,000
+# images, the small model), slower; doubled: 2,304 and 2,351, perhaps better.
+# </details>
 
 # %% [markdown]
 # <a name="engine"></a>
@@ -2927,17 +2981,15 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 #   weights are normalised once. Products, and what is computed from them (sines, GELU, the generator's tokens), are in
 #   bfloat16; weights, their $\sigma$ and the losses in float32. In float16 a *scaler* multiplies the loss before
 #   `backward` and divides the gradients again, and a batch that overflows is skipped and counted. A check compares them.
-# * **Compiled on a GPU**: both losses with their gradients, each a graph that is replayed. The minute or more that
-#   this takes at the start does not count; where it fails, that is told and the run goes on without.
+# * **Compiled on a GPU**: both losses with their gradients, each a graph that is replayed.
 # * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, and
 #   is written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
-#   collapse late, and those are what one goes back to. Loading never runs code (`weights_only=True`).
+#   collapse late. Loading never runs code (`weights_only=True`).
 # * **Resuming is exact.** On one CPU with one number of threads, N + N steps equal 2N bit for bit; a GPU may add in any
-#   order. On another device, precision or PyTorch a run goes on too, and says so.
+#   order.
 # * **Interrupt when you like**: the step is finished, the run saved and returned; running the cell again goes on.
 # * **Not finite**: weights or buffers that are infinite or NaN are never saved; the run goes back to its last
-#   checkpoint and on with other random numbers, three times at most between two sound checkpoints. A full disk is told
-#   and does not end the run.
+#   checkpoint and on with other random numbers, three times at most between two sound checkpoints.
 #
 # A run's folder is named after the configuration. Change that, and a new folder starts, unless it is only how long, how
 # precisely, compiled or not, or where CIFAR-10 lies.
@@ -3405,17 +3457,17 @@ def draw_progress(figure, run: Training):
     edges = {"left": 0.04, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.35, "hspace": 0.35}  # quick to draw
     parts = figure.subplot_mosaic("LLGGSS;AAANNN", height_ratios=(1.8, 1), gridspec_kw=edges)
     images = [entry["images"] for entry in run.history]
-    for name, names, title in (("L", STATISTICS, "losses, and where guessing leads"), ("G", LOGITS, "mean logits")):
+    for name, names, title in (("L", STATISTICS, "losses (dotted: guessing)"), ("G", LOGITS, "mean logits")):
         for each in names:
             style = "--" if each == "held_out" else "-"
             parts[name].plot(images, [entry[each] for entry in run.history], style, label=each, linewidth=1)
         parts[name].set_title(title, fontsize=10)
         parts[name].set_xlabel("images seen")
-        parts[name].legend(fontsize=8, loc="upper right")
     for name, colour, guessing in (("loss_d", "C0", 2 * math.log(2)), ("loss_g", "C2", math.log(2))):
-        parts["L"].axhline(guessing, color=colour, linewidth=0.8, linestyle=":")
-        label = f"{name} guessing: {guessing:.3f}"
-        parts["L"].annotate(label, (0.02, guessing), xycoords=("axes fraction", "data"), color=colour, fontsize=8)
+        parts["L"].axhline(guessing, color=colour, linewidth=0.8, linestyle=":", label=f"{name} {guessing:.3f}")
+    for name in "LG":
+        parts[name].margins(y=0.3)  # room for the legend
+        parts[name].legend(fontsize=7, loc="upper center", ncols=3)
     growth = steepness(run.discriminator)
     parts["S"].barh(list(growth), growth.values(), color="lightsteelblue")
     parts["S"].tick_params("y", labelsize=6, length=0, pad=-4)
@@ -3831,7 +3883,8 @@ def test_seed_decides_everything():
 # * **σ(W) over its start**, of the raw weight of each layer of the discriminator: the factor that the improved spectral
 #   norm divides by. Only the direction of $W$ counts, so a layer whose σ has doubled learns half as fast.
 # * **Samples.** First the colours are right, then the layout, then things. The average lags behind and jitters less.
-#   The default run without a GPU gets to blobs and rings on the right ground; corners, stars and crescents take longer.
+#   The default run without a GPU gets to blobs and rings on backgrounds of the right kind; corners, stars and crescents
+#   take longer.
 
 # %% tags=["nbval-ignore-output"]
 if LIVE:
@@ -3874,11 +3927,11 @@ def before_early_after():
 # pixels: a vector $a$ for a sample, $b$ for a real image. A number that fits into a few lines is the **kernel inception
 # distance** (Bińkowski et al. 2018), an average over pairs of images:
 #
-# $$\mathrm{KID} = \mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b), \qquad k(a,b) = \Bigl(\frac{a \cdot b}{d} + 1\Bigr)^3$$
+# $$\mathrm{KID} = \mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b), \qquad k(a,b) = \Bigl(\frac{a \cdot b}{p} + 1\Bigr)^3$$
 #
-# with $d$ now the number of features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a
-# real image as much as two samples resemble each other, and it is 0 on average: a measured value can lie below. Few
-# samples only widen its error; they do not shift it.
+# with $p$ features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a real image as
+# much as two samples resemble each other, and it is 0 on average: a measured value can lie below. Few samples only
+# widen its error; they do not shift it.
 
 
 # %%
@@ -4038,14 +4091,16 @@ if LIVE:
 # * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$: are samples
 #   clearly of one class, and all classes there?
 #
-# The numbers in "Measured here" are **FRD**: the formula of FID, × 100, on the features of a small network that
-# classifies CIFAR-10 (`benchmarks/frd.py`), because Inception is a large one to fetch. It is of 2,000 samples for the
-# small models (96 × 2), of 10,000 for all others, where nothing else is said. Fewer raise it: test images have 6, the
-# first 2,000 of them 17. Blurred ones have 2,047.
+# **The numbers in "Measured here"** are FRD: the formula of FID, × 100, on the features of a ResNet-56 that classifies
+# CIFAR-10 (`benchmarks/frd.py`), because Inception is a large network to fetch. Where nothing else is said, the images
+# are CIFAR-10's, DiffAugment is in the losses, and a small model is trained: two blocks, 96 wide, at full contrast at
+# the start; to 32,000 images with Adam and a SIREN of depth 2, to 36,000 with Muon and depth 4, to 48,000 with Muon and
+# depth 2. Its FRD is of 2,000 samples, that of all other models of 10,000. Fewer raise it: the first 2,000 test images
+# have 17. All tables, with their commands: `docs/experiments.md`.
 #
-# **A mistake of ours.** A seed gives the same numbers to whoever draws first. Latents of seed 0 were rows of the
-# mapping network's first weights, as a run with seed 0 begins: with its own row such a $z$ gives $\lVert z\rVert^2$,
-# √384 times what any other gives, and `paper` painted garish images. So `sample` counts seeds down from $2^{32} - 1$.
+# **A mistake of ours.** Drawn from the run's own seed, latents were the very numbers that the mapping network's first
+# weights had begun with. Such a $z$ equals a row of these weights, its output there is √384 times too large, and
+# `paper` painted garish images. So `sample` counts seeds down from $2^{32} - 1$.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4183,16 +4238,16 @@ def show_nearest(samples: Tensor, held_out: Tensor):
 
 def show_resolutions(rows: dict[str, list[Tensor]], grid: int):
     """Rows of images (1, 3, H, H) of growing H, and how much they change across the borders of `grid` patches."""
-    _, axes = plt.subplots(len(rows), 4, figsize=(11, 6), layout="tight")
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
+    _, axes = plt.subplots(len(rows), 5, figsize=(13, 5.6), layout="tight")
+    for (*line, closer), (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             side = image.shape[3] // grid
             steps = image.diff(dim=3).abs().mean((0, 1, 2))  # (H - 1,), from each column to the next
             at_border = torch.arange(1, len(steps) + 1, device=steps.device) % side == 0
             seam = steps[at_border].mean() / steps[~at_border].mean()
-            axis.imshow(to_uint8(image)[0].permute(1, 2, 0).cpu(), interpolation="nearest")
-            axis.set_title(f"{name}, {image.shape[3]} pixels: seams {seam:.1f}", fontsize=10)
-            axis.axis("off")
+            show_images(image, f"{name}, {image.shape[3]} pixels: {seam:.1f} × at seams", axis=axis)
+        middle = slice((grid // 2 - 1) * side, (grid // 2 + 1) * side)
+        show_images(image[:, :, middle, middle], "its middle four patches", axis=closer)
 
 
 # %% [markdown]
@@ -4202,7 +4257,7 @@ def show_resolutions(rows: dict[str, list[Tensor]], grid: int):
 
 # %% tags=["nbval-ignore-output"]
 @sliders(first=(0, 99), second=(0, 99))
-def latent_walk(first=0, second=1):
+def latent_walk(first=18, second=28):
     (a, b), g, steps = (latents(explored, 1, seed) for seed in (first, second)), explored, 12
     t = torch.linspace(0, 1, steps, device=a.device)[:, None]  # (steps, 1)
     angle = torch.acos(F.cosine_similarity(a, b).clamp(-0.9999, 0.9999))
@@ -4226,9 +4281,7 @@ def truncation(psi=0.5, seed=0):
 # %% [markdown]
 # **What each block decides.** Every normalisation of the generator asks for the style. Here one block, or the last
 # norm, gets the style of another latent, all others keep theirs. Above each row: how far the images moved towards being
-# the other ones, as a share of the whole way in pixels; shares need not add up to 100 %. With `weights/` and five pairs
-# of seeds the first block had 24 to 39 %, the last norm 40 to 48 %, the blocks between 6 to 28 %. In a `smoke` of
-# 800,000 images the last norm had 75 to 88 %, a block 4 to 16 %: there most of the style comes in at the very end.
+# the other ones, as a share of the whole way in pixels; shares need not add up to 100 %.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -4283,12 +4336,12 @@ def nearest_training_images(seed=0):
 # **Above the training resolution.** A patch is a function of the position, so it can be painted at any resolution.
 # Above the SIREN asked at more positions, below the trained image enlarged by bicubic interpolation. Training asked for
 # pixels' centres only, never where two patches meet. The number is how much larger the step from pixel to pixel is
-# across their border than inside; without seams it is near 1. With `weights/` and five seeds it was 1.9 to 4.2 at 256.
+# across their border than inside; without seams it is near 1. On the right, four patches of the largest image.
 
 
 # %% tags=["nbval-ignore-output"]
 @sliders(seed=(0, 99))
-def above_the_training_resolution(seed=0):
+def above_the_training_resolution(seed=16):
     if explored.config.decoder == "conv":
         print("A convolutional decoder paints the image as a whole, at the training resolution only.")
         return
@@ -4304,15 +4357,17 @@ def above_the_training_resolution(seed=0):
 # ## 22. What we found
 #
 # Most of it is about small models (a generator of a million weights) and few images (200,000 are an hour or a little
-# more of one core), on a CPU. FRD is low where samples are like photographs: test images have 6, blurred ones 2,047.
-# Every table, with its command, is in `docs/experiments.md` of the repository.
+# more of one core), on a CPU. Every table, with its command, is in `docs/experiments.md` of the repository.
 #
-# **What mattered.** *The patch decoder.* A SIREN of three or four modulated layers in place of two: FRD 1,717 and
-# 1,935, or 1,358 and 1,193, where two had 2,771 and 2,520, at 48,000 images. A single linear layer in its place: 6,579
-# and 5,698 against 3,297 and 3,377, at 32,000. *Slow waves in the position embedding*, half a turn against a whole one:
-# ahead with both seeds, by 290 and 310, a hint. *Images as they are in the losses*, DiffAugment in the consistency
-# only: more variety in all three profiles ([10](#diffaugment)). *The learning rate*: 0.002 is too slow at this length.
-# *Grey images at the start* save the first 8,000 images or so (one control, [8](#patch)).
+# **What mattered.**
+#
+# * *The patch decoder.* A SIREN of four modulated layers in place of two halves FRD; a single linear layer nearly
+#   doubles it ([8](#patch)).
+# * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles
+#   ([10](#diffaugment)).
+# * *Muon* makes the larger model pay; a learning rate of 0.002 is too slow at this length ([17](#muon)).
+# * Hints only: slow position waves ([5](#waves)), and grey images at the start, which save some 8,000 images
+#   ([8](#patch)).
 #
 # **What stayed within the seeds.** Two runs that differ in the seed alone can lie 1,050 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
@@ -4334,11 +4389,12 @@ def above_the_training_resolution(seed=0):
 # run of that kind 638 and 0.43 at 800,000.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
-# depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). Without DiffAugment in the losses, which is
-# `paper` here, it has 492 at a million, not 571 and 632, and at 2.2 million, ten minutes of a shared H200, **340 and
-# recall 0.57** (one seed). `lesson` had with two seeds FRD 659 and 619 at a million, 501 and 450 at two, with one **393
-# and recall 0.50 at four**. `paper` gives training images logits 0.1 higher than test images then, half a standard
-# deviation, with DiffAugment none: longer runs may want it. float16 learned like bfloat16 (one seed).
+# depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). The profile `paper`, which has no DiffAugment in
+# its losses, has 492 at a million images; with it 571 and 632. At 2.2 million, ten minutes of a shared H200, it has
+# **340 and recall 0.57** (one seed). By then its discriminator gives training images logits 0.1 higher than test images,
+# half a standard deviation; with DiffAugment in the losses it gives the same. Longer runs may want it. `lesson` had FRD
+# 659 and 619 at a million, 501 and 450 at two (two seeds), **393 and recall 0.50 at four** (one). float16 learned like
+# bfloat16 (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|
@@ -4417,10 +4473,13 @@ def above_the_training_resolution(seed=0):
 # the side and halves the channels, 16 at least, up to the image. Patches are not painted one by one, so neighbours can
 # fit together, and there is no other resolution to paint at.
 #
-# **Measured here**, a small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two
-# seeds each: FRD 2,517 and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the
-# seeds; 1,406 and 1,480 with the convolutional decoder, after 73,000 images. That is far ahead of a SIREN of depth 2,
-# but behind one of depth 4: in `smoke` with DiffAugment in its losses, after 15 minutes, 1,768 against 1,134 and 1,295.
+# <details><summary><b>Measured here</b>: the convolutional decoder is ahead of a SIREN of depth 2, behind one of 4</summary>
+#
+# A small model (96 wide, two blocks, a SIREN of depth 2), 12 minutes of one core on CIFAR-10, two seeds each: FRD 2,517
+# and 2,202 as it is; 2,261 and 2,033 with StyleGAN2's discriminator and `r1` 0.1, within the seeds; 1,406 and 1,480
+# with the convolutional decoder, after 73,000 images. In `smoke` with DiffAugment in its losses, after 15 minutes, that
+# has 1,768, a SIREN of depth 4 1,134 and 1,295.
+# </details>
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4693,8 +4752,9 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 #
 # * The **generator** learns a vector $e_c$ for each label, scaled to the length of $z$ and joined to it; the mapping
 #   network makes its style from both, $w = f([z; e_c])$, as class-conditional StyleGAN2 does (code: in section 16).
-# * The **discriminator** learns a vector $v_c$ for each label, and its logit gets one more term, the **projection** of the
-#   class token on it (Miyato & Koyama 2018). As one matrix, these vectors are spectrally normalised like all others:
+# * The **discriminator** learns a vector $v_c$ for each label, and its logit gets one more term, the **projection** of
+#   the class token on it (Miyato & Koyama 2018). As one matrix, these vectors are spectrally normalised like all
+#   others:
 #
 # $$D(x, c) = \mathrm{head}(h) + \frac{\langle v_c, h\rangle}{\sqrt{\text{width}}}$$
 #
@@ -4711,7 +4771,10 @@ def test_fast_step_is_the_plain_step_with_other_networks():
 # star, crescent, half disc; a latent in each column. Down a column place and ground stay alike: the label decides what
 # is painted, $z$ where and on what. Cross, star and crescent are not told from the ring yet.*
 #
-# **Measured here**, as in section A: FRD 2,581 and 2,702 with classes, 2,517 and 2,202 without; within the seeds.
+# <details><summary><b>Measured here</b>: with classes, no more than seeds differ</summary>
+#
+# As in section A: FRD 2,581 and 2,702 with classes, 2,517 and 2,202 without.
+# </details>
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4802,7 +4865,8 @@ def test_every_image_is_judged_with_its_own_label():
 # ![32 samples of 64 × 64 pixels, built-in shapes](attachment:shapes64.png)
 #
 # *`python vitgan_nb.py train --profile smoke --image-size 64 --patch-size 8 --minutes 60`: built-in shapes after an
-# hour on one core of a CPU, 75,000 images. Colours and grounds are right, outlines are not yet: seams of patches show.*
+# hour on one core of a CPU, 75,000 images. Colours and backgrounds are right, outlines are not yet: seams of patches
+# show.*
 
 
 # %% [markdown]
