@@ -143,7 +143,7 @@ from torch.overrides import TorchFunctionMode
 LIVE = __name__ == "__main__" and "get_ipython" in globals()  # in a notebook; False on import and in a script
 if LIVE:
     get_ipython().run_line_magic("matplotlib", "inline")  # noqa: F821 - whatever MPLBACKEND says
-torch.backends.cuda.enable_cudnn_sdp(False)  # has had NaN gradients on Hopper (pytorch #169849)
+torch.backends.cuda.enable_cudnn_sdp(False)  # has had NaN gradients on Hopper (pytorch #196678)
 
 
 @contextlib.contextmanager
@@ -1637,7 +1637,7 @@ def test_patches_to_image_undoes_cutting():
 # <details><summary>Answer</summary><i>Patches to image</i>: the image comes out scrambled, rows of pixels and rows of
 # patches exchanged. The shapes are still right, which is why nothing else complains.</details>
 #
-# <details><summary><b>Measured here</b>: a deeper SIREN, the largest gain of all that we tried</summary>
+# <details><summary><b>Measured here</b>: a deeper SIREN, the largest gain in the small model</summary>
 #
 # * *Depth* 2, 3 and 4: FRD 2,771, 1,717 and 1,358 (seed 0), 2,520, 1,935 and 1,193 (seed 1) after 48,000 images. At
 #   200,000 images it shows in recall alone.
@@ -1889,7 +1889,8 @@ def test_diff_augment():
 # | | FRD with $T$ in the losses | recall | FRD without | recall |
 # |---|---|---|---|---|
 # | `smoke`, 50,000 images | 1,242 to 1,478 (four runs) | 0.08 to 0.13 | 1,120, 955 | 0.24, 0.20 |
-# | `paper`, 800,000 images | 663, 688 | 0.25, 0.18 | 532 (one run) | 0.48 |
+# | `lesson`, two million | 487, 637 | 0.34, 0.26 | 501, 450 | 0.46, 0.43 |
+# | `paper`, 800,000 | 663, 688 | 0.25, 0.18 | 532 (one run) | 0.48 |
 # | the small model, Adam, 32,000 images | 3,297, 3,377 | below 0.02 | 4,230, 4,654 | below 0.02 |
 #
 # </details>
@@ -2259,8 +2260,9 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 
 
 # %% [markdown]
-# **Wrong in published code.** $\sigma(W_\text{init})$ from one power step off a random vector, which underestimates it;
-# the vectors kept outside `state_dict`; weights wrapped anew, so that the optimizer owns them no longer.
+# **Wrong in published code.** $\sigma(W_\text{init})$ from one power step off a random vector, which underestimates it,
+# or kept outside `state_dict`; power steps thrown away, so that each begins at the same random vector; weights wrapped
+# anew, so that the optimizer owns them no longer.
 #
 # **Exercise.** Return `weight.shape[1] ** 0.5 / sigma * weight`: plain spectral normalisation (the root undoes the
 # $1/\sqrt{n_\text{in}}$ of the equalized layer). Which ✓ fails? <details><summary>Answer</summary>The first of this
@@ -3936,7 +3938,7 @@ def before_early_after():
 
 # %%
 def kid(a: Tensor, b: Tensor) -> Tensor:
-    """Kernel inception distance of features (n, d) and (m, d) (Bińkowski et al. 2018, Section 3): a number."""
+    """Kernel inception distance of features (n, p) and (m, p) (Bińkowski et al. 2018): a number."""
 
     def k(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3  # (n, m)
@@ -4098,9 +4100,9 @@ if LIVE:
 # depth 2. Its FRD is of 2,000 samples, that of all other models of 10,000. Fewer raise it: the first 2,000 test images
 # have 17. All tables, with their commands: `docs/experiments.md`.
 #
-# **A mistake of ours.** Drawn from the run's own seed, latents were the very numbers that the mapping network's first
-# weights had begun with. Such a $z$ equals a row of these weights, its output there is √384 times too large, and
-# `paper` painted garish images. So `sample` counts seeds down from $2^{32} - 1$.
+# **A mistake of ours.** Drawn from seed 0, the latents of a run with seed 0 were the very numbers that the mapping
+# network's first weights had begun with. Such a $z$ equals a row of these weights, its output there is √384 times too
+# large, and `paper` painted garish images. So `sample` counts seeds down from $2^{32} - 1$.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -4371,11 +4373,11 @@ def above_the_training_resolution(seed=16):
 #
 # **What stayed within the seeds.** Two runs that differ in the seed alone can lie 1,050 apart, without bCR 1,650, with
 # published mistakes put back 2,900. So a difference counts only where all seeds agree, and a small one is a hint even
-# then. These differed by no more than seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN, R1 (a penalty on the slope of the
-# discriminator at real images), R3GAN's loss, which compares the logits of a real image and a generated one, bCR's
-# weight from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout, mirrored images, L2 or dot-product
-# attention, improved, plain or no spectral normalisation, cheaper models that see up to 2.3 times as many images a
-# minute (most with one seed).
+# then. These differed by no more than seeds do: γ or 1 + γ, ω₀ 3 or 1, a wider SIREN; beside bCR a light R1 (a penalty
+# on the slope of the discriminator at real images) or R3GAN's pairs (the loss compares the logits of a real image and a
+# generated one); bCR's weight from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout, mirrored
+# images, L2 or dot-product attention, improved, plain or no spectral normalisation, cheaper models that see up to 2.3
+# times as many images a minute (most with one seed).
 #
 # **Surprises.** Without overlapping patches, and with LayerNorm and a style added once in place of SLN, FRD was *lower*
 # with both seeds, by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was
@@ -4401,7 +4403,7 @@ def above_the_training_resolution(seed=16):
 # | SLN | scale γ | 1 + γ | γ = 0 is then LayerNorm; no difference measured |
 # | L2 attention | distance over $\sqrt d$ | over $d$ | over $\sqrt d$, with equalized layers, the class token attends to itself alone at the start ([12](#l2)) |
 # | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, next row |
-# | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; in the consistency only; in `smoke` no cutout | as published code has it; `smoke` at 50,000 images 1,120 and 955, not 1,242 to 1,478; `paper` at 800,000 532, not 663 and 688 ([10](#diffaugment)) |
+# | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; in the consistency only; in `smoke` no cutout | always, as in DiffAugment's own code; `smoke` at 50,000 images 1,120 and 955, not 1,242 to 1,478; `paper` at 800,000 532, not 663 and 688 ([10](#diffaugment)) |
 # | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 256, `smoke` 16 | `paper` with DiffAugment at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
 # | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; four modulated layers, in the paper's settings two | 1,358 and 1,193 against 2,771 and 2,520 at 48,000 images |

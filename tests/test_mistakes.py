@@ -84,6 +84,13 @@ MISTAKES = [
          ('"sigma_init", sigma[0].clone())', '"sigma_init", sigma[0].clone(), persistent=False)')],
     ),
     (
+        "power steps thrown away, each from the first vectors",
+        "test_improved_spectral_norm_holds_while_the_optimizer_works",
+        [("                self.power_step(weight)\n            # u and v are",
+          "                v = F.normalize(weight.T @ self.u, dim=0)\n                u = F.normalize(weight @ v, dim=0)\n"
+          "                return self.sigma_init / (u @ (weight @ v)) * weight\n            # u and v are")],
+    ),
+    (
         "weights wrapped again as new parameters",
         "test_improved_spectral_norm_holds_while_the_optimizer_works",
         [("            layer.normalise = Imp",
