@@ -13,10 +13,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vitgan_nb as v
+from benchmarks.ablations import save
 
 
 def main():
@@ -43,9 +42,7 @@ def main():
         run = v.train(replace(config, steps=images // config.batch_size), resume=run)
         if run.step != images // config.batch_size:
             sys.exit(f"stopped at step {run.step:,}, which is not that of {images:,} images")
-        with v.written_whole(path) as partial, open(partial, "wb") as file:
-            samples = v.sample(run.average.module, flags.n).permute(0, 2, 3, 1).numpy()
-            np.savez_compressed(file, images=samples)
+        save(v.sample(run.average.module, flags.n).permute(0, 2, 3, 1).numpy(), path)
         line = {"images": run.step * config.batch_size, "seconds": round(run.seconds), "samples": str(path)}
         print(json.dumps(line | {name: round(run.history[-1][name], 2) for name in v.LOGITS}), flush=True)
 

@@ -1,6 +1,6 @@
 """What to run in the first ten minutes on a GPU: is all as it should be? One table; the exit status is 1 if something is not.
 
-    python benchmarks/first_gpu.py [--profile paper] [--json]
+    python benchmarks/first_gpu.py [--profile paper]
 
 Rows appear on stderr as they are found, the table on stdout at the end. The images are the built-in shapes. Without a GPU
 all of it is rehearsed on a tiny model, compiled without kernels; what only a GPU can tell is skipped.
@@ -11,7 +11,6 @@ import contextlib
 import copy
 import gc
 import itertools
-import json
 import re
 import sys
 import tempfile
@@ -177,7 +176,6 @@ def speed(config: v.Config):
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=v.PROFILES, default="paper", help="what is run on a GPU")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
     flags = parser.parse_args(argv)
     config = replace(v.PROFILES[flags.profile], dataset="shapes") if GPU else v.TINY
     if not GPU:
@@ -191,13 +189,10 @@ def main(argv: list[str]) -> int:
             except Exception as error:  # one failure does not stop the other parts
                 row(part.__name__, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
             gc.collect()
-    if flags.json:
-        print(json.dumps(table))
-    else:
-        lines = [list(table[0]), *(list(r.values()) for r in table)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    lines = [list(table[0]), *(list(r.values()) for r in table)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print(" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return int(any(r["as it should be?"] == "NO" for r in table))
 
 

@@ -1,13 +1,12 @@
 """The textbook form of a training step beside the fast form of the notebook, timed in turns in one run.
 
-    python benchmarks/side_by_side.py [--profile paper] [--batch-size 16] [--repeats 5] [--json]
+    python benchmarks/side_by_side.py [--profile paper] [--batch-size 16] [--repeats 5]
 
 The classes below are the textbook forms. They hold the same weights as the fast ones, and `tests/test_fast.py` checks
 that both give the same values and gradients.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ class TextbookModulatedLinear(fast.ModulatedLinear):
         pixels = x.expand(b, n, m, -1).reshape(1, b * n, m, -1).transpose(2, 3).flatten(1, 2)  # (1, B · N · in, M)
         y = F.conv1d(pixels, w.flatten(0, 1).flatten(0, 1)[..., None], groups=b * n)  # (1, B · N · out, M)
         y = y.view(b, n, -1, m).transpose(2, 3)  # (B, N, M, out)
-        return y if self.linear.bias is None else y + self.linear.bias * self.linear.bias_gain
+        return y + self.linear.bias
 
 
 class TextbookSiren(fast.Siren):
@@ -142,7 +141,7 @@ def comparisons(config: fast.Config):
 
     def normalise(times: int):
         for layer in layers * times:
-            _ = layer.weight
+            layer.normalise(layer.weight)
 
     yield (
         "weights normalised once for the four batches of the discriminator's step, not four times",
@@ -216,21 +215,15 @@ def main():
     parser.add_argument("--profile", default="paper", choices=fast.PROFILES)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="one object a line")
     flags = parser.parse_args()
     config = replace(fast.PROFILES[flags.profile], dataset="shapes", optimizer="adam", batch_size=flags.batch_size)
-    if not flags.json:
-        print("| technique | textbook, ms | fast, ms | ratio | least – largest |\n|---|---|---|---|---|", flush=True)
+    print("| technique | textbook, ms | fast, ms | ratio | least – largest |\n|---|---|---|---|---|", flush=True)
     for name, textbook, quick in comparisons(config):
         found = in_turns(textbook, quick, flags.repeats)
-        if flags.json:
-            print(json.dumps({"technique": name} | found), flush=True)
-        else:
-            milliseconds = [f"{1000 * found[key]:,.1f}" for key in ("textbook_s", "fast_s")]
-            print(
-                f"| {name} | {' | '.join(milliseconds)} | {found['ratio']} | {found['from']} – {found['to']} |",
-                flush=True,
-            )
+        milliseconds = [f"{1000 * found[key]:,.1f}" for key in ("textbook_s", "fast_s")]
+        print(
+            f"| {name} | {' | '.join(milliseconds)} | {found['ratio']} | {found['from']} – {found['to']} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -31,17 +31,6 @@ def parts(t: Tensor) -> dict[str, float]:
     return {name: round(part.square().mean().sqrt().item(), 2) for name, part in each.items()}
 
 
-def load(path: Path) -> v.Generator:
-    """The generator in a file of weights, or the average in a checkpoint. Raises `BadInput` for another file."""
-    if path.suffix != ".pt":
-        return v.load_generator(path)
-    state = v.load_checkpoint(path)
-    kinds = [weight.shape[1] for name, weight in state["average"].items() if name.endswith("embedding.weight")]
-    average = v.moving_average(v.Generator(v.Config(**state["config"]), *kinds))
-    average.load_state_dict(state["average"])
-    return average.module.eval()
-
-
 @torch.no_grad()
 def measure(generator: v.Generator, n: int = 512, seed: int = 0) -> dict:
     """The parts after each block and after the last norm, for `n` styles."""
@@ -63,7 +52,7 @@ def main():
     if flags.n < 2:
         parser.error("--n must be 2 or more, for parts that differ between styles")
     for path in flags.files:
-        print(json.dumps({"file": str(path)} | measure(load(path), flags.n, flags.seed)), flush=True)
+        print(json.dumps({"file": str(path)} | measure(v.load_generator(path), flags.n, flags.seed)), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,7 @@ TESTS = {
     ],
 }
 # Long, or random, or processes that fork: left out. So is every test that starts a process, whose program is not edited.
-LEFT_OUT = (
-    "not bfloat16_trains and not gelu_after and not killed_at and not any_value and not any_bytes and not two_proc"
-)
+LEFT_OUT = "not gelu_after and not killed_at and not any_value and not any_bytes and not two_proc"
 
 ENGINE = {
     "load_images",
@@ -232,7 +230,6 @@ SAME = {
 ANY_SMALL = "only against a division by 0: any small number serves"
 AS_GOOD = "other random numbers, as good"
 GPU = "on a GPU only"
-BOTH_NAMES = "PyTorch 2.14 takes both names"
 LEFT = {
     ("epoch_order", "seed * 1_000_003 + epoch", "(seed * 1000003 - epoch)"): AS_GOOD,
     ("latent_stream", "2**32", "3**32"): AS_GOOD,
@@ -270,13 +267,8 @@ LEFT = {
         "functools.partial(self.orthogonalize, optimizer.each[1], quick)",
     ): GPU,
     ("Training.__init__", "dynamic=False", "dynamic=True"): GPU,  # of Muon's products; of the objectives it is noticed
-    (
-        "Training.__init__",
-        '"forward_sync_buffers" in inspect.signature(wrap).parameters',
-        "('forward_sync_buffers' not in inspect.signature(wrap).parameters)",
-    ): BOTH_NAMES,
-    ("Training.__init__", "new", "(not new)"): BOTH_NAMES,
     ("Run.__init__", "x.nbytes > room", "(x.nbytes >= room)"): "images that fill the memory to the last byte",
+    ("Training.descend", "self.compiles", "(not self.compiles)"): GPU,
     ("Training.descend", "torch.compiler.cudagraph_mark_step_begin()", "pass"): GPU,
     ("Run.class_rows", "torch.arange(kinds, device=self.device)", "torch.arange(kinds)"): GPU,
     ("state_of", 'rng["cuda"] = torch.cuda.get_rng_state(run.device)', "pass"): GPU,

@@ -1,9 +1,7 @@
 """The command line: what a run prints and leaves, going on, sampling, measuring, several processes."""
 
-import functools
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.utils.flop_counter
 from conftest import SCRIPT, TINY, run_script, wait_for
 from PIL import Image
 from safetensors.torch import load_file
@@ -52,8 +49,6 @@ def test_goes_on_and_equals_an_unbroken_run(finished_run, tmp_path):
     assert "Resumed at step 11" in process.stdout
     whole, broken = (load_file(only(f, "runs/*") / "generator.safetensors") for f in (finished_run[0], tmp_path))
     assert all((whole[name] == broken[name]).all() for name in whole)
-    again = run_script("train", *TINY, "--steps", 24, cwd=tmp_path)
-    assert "Nothing to do" in again.stdout
 
 
 def test_a_run_that_is_done_elsewhere_is_no_error(finished_run, tmp_path, capsys):
@@ -63,24 +58,14 @@ def test_a_run_that_is_done_elsewhere_is_no_error(finished_run, tmp_path, capsys
     assert "Nothing to do" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
-    for steps in (2, 4):
-        assert run_script("train", *TINY, "--steps", steps, cwd=tmp_path).returncode == 0
-    newest = only(tmp_path, "runs/*/checkpoint-000000004.pt")
-    newest.write_bytes(newest.read_bytes()[:1000])
-    process = run_script("train", *TINY, "--steps", 5, cwd=tmp_path)
-    assert process.returncode == 0 and "Skipped: " in process.stdout and "Resumed at step 2 " in process.stdout
-
-
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_saves_what_there_is(how, tmp_path):
+def test_a_signal_saves_what_there_is(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-u", SCRIPT, "train", *TINY], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True,
     )  # fmt: skip
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint-*.pt")))
     time.sleep(2)
-    process.send_signal(how)
+    process.terminate()
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Interrupted at step" in rest
     newest = max(tmp_path.glob("runs/*/checkpoint-*.pt"))
@@ -120,15 +105,11 @@ def test_a_generator_of_classes_is_compared_with_images_in_no_class(tmp_path, ca
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["real"] == 180
 
 
-def test_benchmark_ends_in_one_json_line(capsys):
-    assert vitgan_nb.main(["benchmark", *TINY, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_benchmark_prints_json(capsys):
+    assert vitgan_nb.main(["benchmark", *TINY]) == 0
+    result = json.loads(capsys.readouterr().out)
     assert result["train_images_per_s"] > 0 and result["sample_images_per_s"] > 0 and 0 < result["matrix_share"] < 1
     assert result["peak_bytes"] > 10**6
-    whole = vitgan_nb.Config(dataset="shapes")  # the paper's size
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        vitgan_nb.Training(replace(whole, batch_size=2)).train_step()
-    assert 15 < counter.get_total_flops() / 2 / 1e9 < 20  # GFLOP a training image
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "export", "evaluate", "benchmark"])
@@ -136,42 +117,6 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         vitgan_nb.main([command, "--help"])
     assert stop.value.code == 0 and "--" in capsys.readouterr().out
-
-
-class FailsBackwards(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise RuntimeError("no compiler here\nand twenty more lines")
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-def test_training_goes_on_where_compiling_fails(backwards, monkeypatch, capsys):
-    def broken(function, **_):
-        def fail(*inputs):
-            if not backwards:
-                raise torch._dynamo.exc.TorchDynamoException("no compiler here\nand twenty more lines")
-            with torch.random.fork_rng():
-                return [FailsBackwards.apply(term) for term in function(*inputs)]
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
-    run = vitgan_nb.Training(replace(vitgan_nb.TINY, compile=True))
-    plain = vitgan_nb.Training(vitgan_nb.TINY)
-    for each in (run, plain):
-        torch.manual_seed(0)
-        for _ in range(3):
-            each.train_step()
-    if backwards:  # the failed forward pass has moved σ's vectors and the mean style once more
-        torch.testing.assert_close(run.sums, plain.sums, rtol=0.02, atol=0.02)
-    else:
-        assert torch.equal(run.sums, plain.sums)
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2 and all("not compiled (no compiler here)" in line for line in warnings)
 
 
 def test_what_is_not_compiled_is_told_at_the_end_and_in_the_log(tmp_path, monkeypatch, capsys):
@@ -188,22 +133,6 @@ def test_what_is_not_compiled_is_told_at_the_end_and_in_the_log(tmp_path, monkey
     log = [json.loads(line) for line in only(tmp_path, "*/log.jsonl").read_text().splitlines()]
     told = [(note["not_compiled"], note["reason"]) for note in log if "not_compiled" in note]
     assert told == [(f"{name}_objective", "no compiler here") for name in ("discriminator", "generator")]
-
-
-def test_muon_goes_on_where_compiling_its_products_fails(capsys):
-    def broken(*_):
-        raise RuntimeError("no compiler here")
-
-    run, plain = (vitgan_nb.Training(vitgan_nb.TINY) for _ in range(2))
-    muon = run.optimizer_d.each[1]
-    muon.orthogonalize = functools.partial(run.orthogonalize, broken, muon)  # as for weights on a GPU
-    for each in (plain, run):
-        torch.manual_seed(0)
-        for _ in range(2):
-            each.train_step()
-    assert torch.equal(run.sums, plain.sums)
-    assert [note["not_compiled"] for note in run.notes] == ["orthogonalize_all"]
-    assert capsys.readouterr().err.count("is not compiled (no compiler here)") == 1
 
 
 def test_compiling_takes_nothing_off_the_minutes(tmp_path, monkeypatch, capsys):

@@ -116,25 +116,11 @@ def test_the_folder_of_a_run_knows_which_images(tmp_path, monkeypatch):
     assert run_folder(replace(TINY, data_root="a")) == run_folder(TINY)  # shapes come from nowhere
 
 
-def test_a_checkpoint_takes_what_a_killed_one_left_and_says_what_a_disk_said(tmp_path, monkeypatch):
+def test_a_checkpoint_takes_what_a_killed_one_left(tmp_path):
     run = Training(TINY, "cpu")
     (tmp_path / ".checkpoint-000000007.pt.partial").write_bytes(b"half")
     save_checkpoint(run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000.pt"]
-
-    def full(*_):
-        raise RuntimeError("unexpected pos 64 vs 0") from None
-
-    def closed(*_):
-        try:
-            raise OSError(28, "No space left on device")
-        except OSError:
-            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as torch.save does
-
-    for save, reason in ((full, "unexpected pos"), (closed, "No space left")):
-        monkeypatch.setattr(torch, "save", save)
-        with pytest.raises(OSError, match=reason):
-            save_checkpoint(run, tmp_path)
 
 
 def test_a_run_that_is_done_ends_well_once_more(tmp_path, monkeypatch, capsys):
@@ -142,16 +128,6 @@ def test_a_run_that_is_done_ends_well_once_more(tmp_path, monkeypatch, capsys):
     for told in ("Step 2, 8 images,", "Nothing to do"):
         assert vitgan_nb.main(["train", *FLAGS, "--steps", "2"]) == 0
         assert told in capsys.readouterr().out
-
-
-def test_a_full_disk_is_a_full_disk_for_weights_too(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise safetensors.SafetensorError("No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        vitgan_nb.save_generator(vitgan_nb.Generator(TINY), tmp_path / "a.safetensors")
-    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_an_exported_generator_says_of_itself(tmp_path):
@@ -375,17 +351,16 @@ def test_a_checkpoint_abandons_those_after_it(tmp_path):
 
 
 def test_several_processes_save_once_when_it_is_time(tmp_path, monkeypatch):
-    """They agree at a record only, so what is due is due until it was done."""
-    monkeypatch.setattr(vitgan_nb, "RECORD_EVERY", 3)
+    """They agree every ten steps only."""
     monkeypatch.setattr(vitgan_nb, "CHECKPOINT_MINUTES", 0)
     monkeypatch.setattr(Training, "any_process", lambda _, answer: answer)
     monkeypatch.setattr(Training, "agree", lambda *_: None)
     saved = []
     monkeypatch.setattr(vitgan_nb.Keeper, "save", lambda keeper: saved.append(keeper.run.step) or True)
-    run = Training(replace(TINY, out_dir=str(tmp_path), steps=7), "cpu")
+    run = Training(replace(TINY, out_dir=str(tmp_path), steps=25), "cpu")
     run.world = 2
     vitgan_nb.train(run.config, resume=run)
-    assert saved == [3, 6, 7]
+    assert saved == [10, 20, 25]
 
 
 def test_what_lies_in_the_folder_at_the_end(tmp_path):

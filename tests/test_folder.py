@@ -103,7 +103,8 @@ def test_images_are_mapped_privately(pictures, cache):
 def test_mapping_does_not_ask_for_the_memory(pictures):
     images, _ = read_folder(pictures, 8)
     maps = open("/proc/self/smaps").read().split("VmFlags:")
-    at = next(k for k, part in enumerate(maps) if file_of(images) in part)
+    name = file_of(images)
+    at = next(k for k, part in enumerate(maps) if name in part)
     assert "nr" in maps[at + 1].splitlines()[0].split()  # no memory is reserved
 
 

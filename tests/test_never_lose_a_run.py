@@ -1,7 +1,6 @@
 """Kills, full disks, numbers that are not finite, interrupts: the run goes on, or can."""
 
 import errno
-import io
 import json
 import math
 import multiprocessing
@@ -10,14 +9,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import ROOT, SCRIPT, TINY, run_script, wait_for
 
@@ -29,6 +26,12 @@ from vitgan_nb import Training, checkpoints, load_checkpoint, run_folder, save_c
 def tiny(tmp_path):
     """A tiny configuration whose run is left in an empty folder."""
     return replace(vitgan_nb.TINY, out_dir=str(tmp_path), steps=12)
+
+
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch):
+    """At the end of a run an empty file: drawing is a third of the time of a run as short as these."""
+    monkeypatch.setattr(vitgan_nb, "save_progress", lambda run, path: path.touch())
 
 
 def weights(run_or_state):
@@ -48,18 +51,15 @@ def train_saving_all_the_time(arguments, folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     vitgan_nb.CHECKPOINT_MINUTES = 0
-    save = torch.save
 
-    def slow_save(state, file):  # so that a good share of the kills falls into a write
-        whole = io.BytesIO()
-        save(state, whole)
-        half = len(whole.getvalue()) // 2
-        file.write(whole.getvalue()[:half])
-        file.flush()
-        time.sleep(0.05)
-        file.write(whole.getvalue()[half:])
+    def slow_write(path, content):  # so that a good share of the kills falls into a write
+        with open(path, "wb") as file:
+            file.write(content[: len(content) // 2])
+            file.flush()
+            time.sleep(0.05)
+            file.write(content[len(content) // 2 :])
 
-    torch.save = slow_save
+    Path.write_bytes = slow_write
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(vitgan_nb.main(["train", *arguments]))
 
@@ -249,7 +249,8 @@ def test_a_run_keeps_the_folder_that_it_had_before_there_were_other_networks(tin
     smoke = replace(vitgan_nb.PROFILES["smoke"], diff_augment=True)
     assert run_folder(smoke) == Path("runs/shapes32-d128x3-f51b32")
     others = [{}, {"decoder": "conv"}, {"discriminator": "stylegan2"}, {"r1": 0.1}, {"diff_augment": False}]
-    assert len({run_folder(replace(tiny, **other)) for other in others}) == 5
+    others.append({"classes": True})
+    assert len({run_folder(replace(tiny, **other)) for other in others}) == 6
 
 
 def test_going_on_from_further_back_keeps_what_it_writes(tiny):
@@ -294,16 +295,6 @@ def test_going_back_skips_a_damaged_checkpoint(tiny, monkeypatch, capsys):
     monkeypatch.setattr(Training, "train_step", train_step)
     run = train(tiny)
     assert run.step == 12 and "Not finite at step 12: back to step 0" in capsys.readouterr().out
-
-
-def test_two_processes_draw_the_same_losses():
-    program = (
-        "import torch; torch.set_num_threads(1); import vitgan_nb; run = vitgan_nb.Training(vitgan_nb.TINY)\n"
-        "for _ in range(50):\n    run.train_step(); print(run.sums.tolist())\n"
-        "print(vitgan_nb.sample(run.average.module, 4).sum().item())"
-    )
-    both = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).stdout for _ in range(2)]
-    assert both[0] == both[1] and both[0].count(b"\n") == 51
 
 
 def test_the_newest_two_and_one_at_every_doubling_are_kept(tiny, monkeypatch):
@@ -411,11 +402,7 @@ def test_a_disk_that_stays_full_is_an_error_of_the_command(tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(state, file)
 
-    def safetensors_full(*_, **__):
-        raise safetensors.SafetensorError("Error while serializing: No space left on device (os error 28)")
-
     monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(safetensors.torch, "save_file", safetensors_full)
     assert vitgan_nb.main(["train", *TINY, "--steps", "3"]) == 2
     told = capsys.readouterr()
     assert "the last checkpoint could not be written" in told.err
@@ -481,21 +468,17 @@ def test_a_full_disk_at_the_start_leaves_what_was_there(tiny, monkeypatch):
 
 
 def spoil_buffer(run):
-    run.generator.mapping.w_mean[2] = math_nan()
+    run.generator.mapping.w_mean[2] = math.nan
 
 
 def spoil_weight(run):
     with torch.no_grad():
-        next(iter(run.discriminator.parameters())).view(-1)[3] = math_nan()
+        next(iter(run.discriminator.parameters())).view(-1)[3] = math.nan
 
 
 def spoil_gradient(run):
-    next(iter(run.generator.parameters())).grad = torch.full_like(next(iter(run.generator.parameters())), math_nan())
+    next(iter(run.generator.parameters())).grad = torch.full_like(next(iter(run.generator.parameters())), math.nan)
     run.optimizer_g.step()
-
-
-def math_nan():
-    return float("nan")
 
 
 def spoil_step_7(monkeypatch, spoil) -> list:
@@ -641,19 +624,19 @@ def test_a_run_in_memory_goes_on_as_it_is_or_not_at_all(tiny):
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_in_float16_isolated_overflows_are_skipped_and_counted(tiny, optimizer, monkeypatch, capsys):
-    """Four infinite losses in 420 steps: nothing is taken back, weights and momenta stay finite, the log says four."""
+    """Four infinite losses in 120 steps: nothing is taken back, weights and momenta stay finite, the log says four."""
     objective, step = Training.discriminator_objective, {"now": 0}
 
     def sometimes_infinite(run, real):
         loss, consistency = objective(run, real)
         step["now"] = run.step
-        return (loss * float("inf") if run.step in (100, 180, 250, 419) else loss), consistency
+        return (loss * float("inf") if run.step in (20, 50, 80, 119) else loss), consistency
 
     monkeypatch.setattr(Training, "discriminator_objective", sometimes_infinite)
     scaler = torch.amp.GradScaler  # from a scale that fits, so that only ours overflow
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**8))
-    run = train(replace(tiny, precision="float16", optimizer=optimizer, steps=420))
-    assert run.step == 420 and run.is_sound() and "Not finite" not in capsys.readouterr().out
+    run = train(replace(tiny, precision="float16", optimizer=optimizer, steps=120))
+    assert run.step == 120 and run.is_sound() and "Not finite" not in capsys.readouterr().out
     assert run.history[-1]["skipped"] == int(run.skipped) == 4
     state = run.optimizer_d.state_dict()
     for each in state.get("each", [state]):
@@ -720,11 +703,9 @@ def test_a_second_interrupt_is_raised_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_without_home_and_into_a_place_that_cannot_be_written(tmp_path):
+def test_without_home(tmp_path):
     process = run_script("train", *TINY, "--steps", 2, cwd=tmp_path, HOME="/proc/nowhere")
     assert process.returncode == 0, process.stderr
-    process = run_script("train", *TINY, "--steps", 2, "--out-dir", "/proc/nowhere", cwd=tmp_path)
-    assert process.returncode == 2 and process.stderr.count("error: ") == 1 and "Traceback" not in process.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- in the notebook

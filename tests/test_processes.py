@@ -26,8 +26,8 @@ import vitgan_nb
 from test_processes import CASES, CONFIG, losses_and_state
 from dataclasses import replace
 torch.set_num_threads(1)
-run = vitgan_nb.Training(replace(CONFIG, **CASES[sys.argv[2]]), "cpu")
-torch.save(losses_and_state(run), f"{{sys.argv[1]}}/{{os.environ['RANK']}}.pt")
+found = {{case: losses_and_state(vitgan_nb.Training(replace(CONFIG, **its), "cpu")) for case, its in CASES.items()}}
+torch.save(found, f"{{sys.argv[1]}}/{{os.environ['RANK']}}.pt")
 """
 CASES = {
     "adam": {"optimizer": "adam"},
@@ -127,19 +127,20 @@ def test_processes_agree_at_least_every_ten_steps_to_stop(one_of_two, monkeypatc
     assert run.step == 10 and run.world == 2
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(case, tmp_path):
-    """But for StyleGAN2's discriminator, each process of which forms groups of its own images: there they stay alike."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    done = subprocess.run(
-        [*LAUNCHER, program, tmp_path, case],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """What `losses_and_state` gives for each of the CASES, in each of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "program.py").write_text(PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = subprocess.run([*LAUNCHER, folder / "program.py", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (losses, state), (other_losses, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case, of_two):
+    """But for StyleGAN2's discriminator, each process of which forms groups of its own images: there they stay alike."""
+    (losses, state), (other_losses, other) = (found[case] for found in of_two)
     torch.testing.assert_close(other, state, rtol=0, atol=0)  # weights, spectral vectors, averages, optimizers
     assert torch.equal(losses, other_losses)
     if case == "stylegan2":
@@ -150,24 +151,20 @@ def test_two_processes_are_one(case, tmp_path):
     assert (losses[1:] != losses[:-1]).all()
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(tmp_path):
-    for steps, launcher in ((6, LAUNCHER), (9, (sys.executable,)), (12, LAUNCHER)):
-        process = run_script("train", *TINY, "--steps", steps, cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1")
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.count("Plan:") == 1
-    assert "Resumed at step 9" in process.stdout and "before 1 process, now 2 processes" in process.stdout
-    assert len(list(tmp_path.glob("runs/*/checkpoint-000000012.pt"))) == 1
-
-
-def test_a_folder_is_decoded_by_the_first_process_alone(tmp_path, cache):
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(tmp_path, cache):
+    """And a folder of images is decoded by the first process alone."""
     (tmp_path / "images").mkdir()
     for k in range(12):
         Image.new("L", (16, 16), k).save(tmp_path / "images" / f"{k}.png")
-    process = run_script(
-        "train", *TINY, "--dataset", "folder", "--data-root", "images", "--steps", 2, cwd=tmp_path, launcher=LAUNCHER
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("Converted: 12 × mode L.") == 1 and len(list(cache.glob("*.u8"))) == 1
+    flags, decoded = [*TINY, "--dataset", "folder", "--data-root", "images"], 0
+    for steps, launcher in ((6, LAUNCHER), (9, (sys.executable,)), (12, LAUNCHER)):
+        process = run_script("train", *flags, "--steps", steps, cwd=tmp_path, launcher=launcher)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("Plan:") == 1
+        decoded += process.stdout.count("Converted: 12 × mode L.")
+    assert "Resumed at step 9" in process.stdout and "before 1 process, now 2 processes" in process.stdout
+    assert len(list(tmp_path.glob("runs/*/checkpoint-000000012.pt"))) == 1
+    assert decoded == 1 and len(list(cache.glob("*.u8"))) == 1
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
