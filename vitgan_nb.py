@@ -1929,7 +1929,7 @@ class OverlappingPatchEmbedding(nn.Module):
 
 # %% [markdown]
 # A real image with two neighbours marked, and those patches as the discriminator gets them: right of the dashed line in
-# the first and left of it in the second lies the same strip, as wide as P, so the border between them is inside both.
+# the first and left of it in the second lies the same strip, so the border between them is inside both.
 # On the right, how many patches hold each pixel. `overlap` says by how many pixels a patch is extended; at 0 every
 # pixel is in one patch alone.
 
@@ -1939,12 +1939,14 @@ class OverlappingPatchEmbedding(nn.Module):
 @sliders(image=first_images, row=along_a_side, column=along_a_side, overlap=lambda: (0, config.patch_size))
 def overlapping_patches_on_a_real_image(image=2, row=3, column=3, overlap=2):
     p, grid, side = config.patch_size, config.grid, config.patch_size + 2 * overlap
-    image, at = to_float(train_images[[image]]), min(column, grid - 2)  # (1, 3, H, W); the last has no right neighbour
+    image = to_float(train_images[[image]])  # (1, 3, H, W)
+    row, at = min(row, grid - 1), max(0, min(column, grid - 2))  # the last column has no right neighbour
     patches = F.unfold(image, side, stride=p, padding=overlap)  # (1, 3 · side², N)
     held = F.fold(torch.ones_like(patches), config.image_size, side, stride=p, padding=overlap)[0, 0]  # (H, W)
     _, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="tight")
     show_images(image, "the image", axis=axes[0])
-    for axis, colour, c, border in ((axes[1], "tab:red", at, p), (axes[2], "tab:blue", at + 1, 2 * overlap)):
+    neighbours = (axes[1], "tab:red", at, p), (axes[2], "tab:blue", min(at + 1, grid - 1), 2 * overlap)
+    for axis, colour, c, border in neighbours:
         corner = (c * p - overlap - 0.5, row * p - overlap - 0.5)  # pixel 0 reaches from -0.5 to 0.5
         axes[0].add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=2))
         show_images(patches[0, :, row * grid + c].reshape(1, 3, side, side), axis=axis)
@@ -2030,8 +2032,8 @@ class L2Attention(nn.Module):
 # distance to another token is about $2d$, to oneself 0. Over $\sqrt d$ another token's logit is $2\sqrt d$ lower: 16 at
 # $d = 64$, a factor of $e^{-16}$. Then a token sees only itself. So does the extra token off which the discriminator
 # reads its answer ([14](#discriminator)): nothing of the image would reach it, and section 13 holds the scale of $W_q$
-# where it began. Over $d$ it is 2 lower. Below, the share of its attention that a token gives to itself, at the paper's
-# width, before training.
+# where it began. Over $d$ another token's logit is only 2 lower. Below, the share of its attention that a token gives
+# to itself, at the paper's width, before training.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -3067,7 +3069,7 @@ class Training(Run):
         if self.world > 1:
             wrap = nn.parallel.DistributedDataParallel
             self.synced_g, self.synced_d = wrap(self.generator), wrap(self.discriminator)
-            self.synced_g.broadcast_buffers = self.synced_d.broadcast_buffers = False  # `agree` sees to them
+            self.synced_g.broadcast_buffers = self.synced_d.broadcast_buffers = False  # `agree` sees to w_mean
         elif self.compiles:  # each as a whole, on a GPU replayed as a graph
             for objective in (self.discriminator_objective, self.generator_objective):
                 self.quick[objective.__name__] = torch.compile(objective, mode="reduce-overhead", dynamic=False)
@@ -3326,12 +3328,15 @@ def abandon_later(folder: Path, step: int):
 
 def save_checkpoint(run: Training, folder: Path) -> Path:
     """Write all of `run` to `folder`/checkpoint-STEP.pt, discard old ones, return the path. Raises `OSError`."""
-    path, content = folder / f"checkpoint-{run.step:09d}.pt", io.BytesIO()
-    torch.save(state_of(run), content)  # to a full disk itself it would raise what is no `OSError`
+    path, state = folder / f"checkpoint-{run.step:09d}.pt", state_of(run)
     for killed in folder.glob(".*.partial"):  # while it was being written
         killed.unlink()
     with written_whole(path) as partial:
-        partial.write_bytes(content.getbuffer())
+        with open(partial, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # what a full disk becomes when the file is closed after it
+                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
         if path.exists():  # of another branch, or damaged; only now that the new one is there
             abandon(path)
     abandon_later(folder, run.step)
@@ -4378,10 +4383,10 @@ def above_the_training_resolution(seed=16):
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
 # depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). The profile `paper`, which has no DiffAugment in
 # its losses, has 492 at a million images; with it 571 and 632. At 2.2 million, ten minutes of a shared H200, it has
-# **340 and recall 0.57** (one seed). By then its discriminator gives training images logits 0.1 higher than test images,
-# half a standard deviation; with DiffAugment in the losses it gives the same. Longer runs may want it. `lesson` had FRD
-# 659 and 619 at a million, 501 and 450 at two (two seeds), **393 and recall 0.50 at four** (one). float16 learned like
-# bfloat16 (one seed).
+# **340 and recall 0.57** (one seed). By then its discriminator gives training images logits 0.1 higher than test
+# images, half a standard deviation; with DiffAugment in the losses it gives both the same. So longer runs may want it
+# there. `lesson` had FRD 659 and 619 at a million, 501 and 450 at two (two seeds), **393 and recall 0.50 at four**
+# (one). float16 learned like bfloat16 (one seed).
 #
 # | part | paper | here | why |
 # |---|---|---|---|

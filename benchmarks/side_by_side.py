@@ -3,7 +3,7 @@
     python benchmarks/side_by_side.py [--profile paper] [--batch-size 16] [--repeats 5]
 
 The classes below are the textbook forms. They hold the same weights as the fast ones, and `tests/test_fast.py` checks
-that both give the same values and gradients.
+that the networks of both give the same values and gradients, the notebook that the fast step is the plain one.
 """
 
 import argparse

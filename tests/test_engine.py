@@ -2,6 +2,7 @@
 
 import functools
 import json
+import resource
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from conftest import TINY as FLAGS
 from PIL import Image
 
 import vitgan_nb
-from vitgan_nb import TINY, BadInput, Training, run_folder, save_checkpoint
+from vitgan_nb import TINY, BadInput, Training, run_folder, save_checkpoint, save_generator
 
 
 def compiled_run(monkeypatch, **other) -> tuple[Training, list]:
@@ -116,11 +117,38 @@ def test_the_folder_of_a_run_knows_which_images(tmp_path, monkeypatch):
     assert run_folder(replace(TINY, data_root="a")) == run_folder(TINY)  # shapes come from nowhere
 
 
-def test_a_checkpoint_takes_what_a_killed_one_left(tmp_path):
+def test_a_checkpoint_takes_what_a_killed_one_left_and_says_what_a_disk_said(tmp_path, monkeypatch):
     run = Training(TINY, "cpu")
     (tmp_path / ".checkpoint-000000007.pt.partial").write_bytes(b"half")
     save_checkpoint(run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000000.pt"]
+
+    def full(*_):
+        raise RuntimeError("unexpected pos 64 vs 0") from None
+
+    def closed(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as torch.save does
+
+    for save, reason in ((full, "unexpected pos"), (closed, "No space left")):
+        monkeypatch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match=reason):
+            save_checkpoint(run, tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_an_os_error_and_leaves_nothing(tmp_path):
+    """A limit on files' sizes in place of a full disk: what fails is the write itself."""
+    run, (soft, hard) = Training(TINY, "cpu"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (lambda: save_checkpoint(run, tmp_path), lambda: save_generator(run.generator, tmp_path / "g")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(OSError):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_is_done_ends_well_once_more(tmp_path, monkeypatch, capsys):
@@ -163,7 +191,8 @@ def test_a_generator_is_found_again_with_its_classes_or_refused_in_a_sentence(tm
         vitgan_nb.load_generator(path)
     generator, z = vitgan_nb.Generator(replace(TINY, classes=True), 7).eval(), torch.randn(2, TINY.latent_dim)
     vitgan_nb.save_generator(generator, path)
-    assert path.stat().st_mode & 0o777 == 0o644  # others may read it
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode  # others may read it, if they may any file
     found, labels = vitgan_nb.load_generator(path), torch.tensor([0, 6])
     assert found.mapping.kinds == 7 and not found.training
     assert torch.equal(found(z, labels=labels), generator(z, labels=labels))

@@ -1,4 +1,4 @@
-"""Every fast form gives what its textbook form gives: values and gradients in float64; and bfloat16 trains as float32."""
+"""The networks' fast forms give what their textbook forms give, in float64; with `-m slow`, bfloat16 trains as float32."""
 
 from dataclasses import replace
 

@@ -1,6 +1,7 @@
 """Kills, full disks, numbers that are not finite, interrupts: the run goes on, or can."""
 
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -51,15 +52,18 @@ def train_saving_all_the_time(arguments, folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     vitgan_nb.CHECKPOINT_MINUTES = 0
+    save = torch.save
 
-    def slow_write(path, content):  # so that a good share of the kills falls into a write
-        with open(path, "wb") as file:
-            file.write(content[: len(content) // 2])
-            file.flush()
-            time.sleep(0.05)
-            file.write(content[len(content) // 2 :])
+    def slow_save(state, file):  # so that a good share of the kills falls into a write
+        whole = io.BytesIO()
+        save(state, whole)
+        half = len(whole.getvalue()) // 2
+        file.write(whole.getvalue()[:half])
+        file.flush()
+        time.sleep(0.05)
+        file.write(whole.getvalue()[half:])
 
-    Path.write_bytes = slow_write
+    torch.save = slow_save
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.exit(vitgan_nb.main(["train", *arguments]))
 
@@ -402,7 +406,11 @@ def test_a_disk_that_stays_full_is_an_error_of_the_command(tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(state, file)
 
+    def full_too(path, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full_too)
     assert vitgan_nb.main(["train", *TINY, "--steps", "3"]) == 2
     told = capsys.readouterr()
     assert "the last checkpoint could not be written" in told.err
@@ -701,6 +709,12 @@ def test_a_second_interrupt_is_raised_at_once():
         assert noted == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_into_a_place_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert vitgan_nb.main(["train", *TINY, "--steps", "2", "--out-dir", str(tmp_path / "file" / "runs")]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
 
 
 def test_without_home(tmp_path):

@@ -91,7 +91,7 @@ def test_a_process_of_two_takes_its_share_and_sums_are_halved(one_of_two, monkey
     run = vitgan_nb.Training(replace(CONFIG, compile=True), "cpu")
     assert (run.world, run.rank, run.compiles, run.quick) == (2, 1, False, {})
     for network, its in ((run.generator, run.synced_g), (run.discriminator, run.synced_d)):
-        assert its.module is network and not its.broadcast_buffers
+        assert its.module is network and not its.will_sync_module_buffers()
     state = torch.get_rng_state()
     run.generator.mapping.register_forward_hook(lambda _, inputs, __: draws.append(inputs[0]))
     agreed, agree, w_mean = [], run.agree, run.generator.mapping.w_mean
