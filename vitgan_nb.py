@@ -1771,7 +1771,7 @@ def test_generator():
 #
 # In the paper the losses of both networks see only $T(x)$ and $T(G(z))$ (`diff_augment=True`). Our profiles use $T$ in a
 # weaker way. The losses see the images themselves, and the discriminator is asked to give an image and its transformed
-# copy the same logit: the *consistency* of [section 15](#losses). In runs as short as ours that gave more variety.
+# copy the same logit: the *consistency* of [section 15](#losses). In most of our short runs that gave more variety.
 # `smoke` has no cutout. In `random_translation` the image is padded with zeros; each output pixel is then read from a
 # shifted row and column.
 
@@ -1882,11 +1882,11 @@ def test_diff_augment():
 # <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. The mean gradient stays, as each
 # image is judged alone; single steps get noisier.</details>
 #
-# <details><summary><b>Measured here</b>: without DiffAugment in the losses, more variety in all three profiles</summary>
+# <details><summary><b>Measured here</b>: without DiffAugment in the losses, lower FRD, and mostly more variety</summary>
 #
 # | | FRD with $T$ in the losses | recall | FRD without | recall |
 # |---|---|---|---|---|
-# | `smoke`, 50,000 images | 1,242 to 1,478 (four runs) | 0.08 to 0.13 | 1,120, 955 | 0.24, 0.20 |
+# | `smoke`, 50,000 images | 1,242 to 1,478 (four runs) | 0.08 to 0.13 | 1,120, 955, 1,083 | 0.24, 0.20, 0.12 |
 # | `lesson`, two million | 487, 637 | 0.34, 0.26 | 501, 450 | 0.46, 0.43 |
 # | `paper`, 800,000 | 663, 688 | 0.25, 0.18 | 532 (one run) | 0.48 |
 # | the small model, Adam, 32,000 images | 3,297, 3,377 | below 0.02 | 4,230, 4,654 | below 0.02 |
@@ -2458,8 +2458,8 @@ def test_balanced_consistency():
 # **One step** trains the discriminator, then the generator, each on a batch of $B$. Here it is as a textbook prints it.
 # A `run` holds both networks, their optimizers, the images, and one thing more: the **moving average** of the
 # generator. The generator's weights $\theta$ jitter from step to step, pushed about by a discriminator that itself
-# keeps moving; their average $\bar\theta$ usually paints better (not measured here), and it paints the pictures that
-# are kept. After $k$ images, with half-life $\tau$ and batch size $B$:
+# keeps moving; their average $\bar\theta$ usually paints better, and it paints the pictures that are kept. After $k$
+# images, with half-life $\tau$ and batch size $B$:
 #
 # $$\bar\theta \leftarrow \theta + 2^{-B/\tau_k}\,(\bar\theta - \theta), \qquad \tau_k = \min(\tau,\; 0.05\,k)$$
 #
@@ -2789,10 +2789,11 @@ def test_gelu_after_the_head_caps_the_loss():
 # training stop? <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets
 # gradients that its own `zero_grad` throws away.</details>
 #
-# <details><summary><b>Measured here</b>: half-lives of 2.5 to 10 % of the images seen are alike</summary>
+# <details><summary><b>Measured here</b>: the average paints better; half-lives of 2.5 to 10 % are alike</summary>
 #
-# In one run of `smoke`'s size with a SIREN of depth 2, after 200,000 images: FRD 989, 942, 935, 950, 1,052 and 1,293
-# with 1.25, 2.5, 5, 10, 20 and 40 % (5,000 samples).
+# In one run of `smoke`, after 50,000 and 100,000 images: FRD 1,083 and 807, of the generator itself 1,250 and 848. In
+# one run of `smoke`'s size with a SIREN of depth 2, after 200,000 images: FRD 989, 942, 935, 950, 1,052 and 1,293 with
+# 1.25, 2.5, 5, 10, 20 and 40 % (5,000 samples).
 # </details>
 
 # %% [markdown]
@@ -4355,8 +4356,8 @@ def above_the_training_resolution(seed=16):
 #
 # * *The patch decoder.* A SIREN of four modulated layers in place of two halves FRD; a single linear layer nearly
 #   doubles it ([8](#patch)).
-# * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles
-#   ([10](#diffaugment)).
+# * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles, but for
+#   one seed of `smoke`'s three ([10](#diffaugment)).
 # * *Muon* makes the larger model pay; a learning rate of 0.002 is too slow at this length ([17](#muon)).
 # * Hints only: slow position waves ([5](#waves)), and grey images at the start, which save some 8,000 images
 #   ([8](#patch)).
@@ -4393,7 +4394,7 @@ def above_the_training_resolution(seed=16):
 # | SLN | scale γ | 1 + γ | γ = 0 is then LayerNorm; no difference measured |
 # | L2 attention | distance over $\sqrt d$ | over $d$ | over $\sqrt d$, with equalized layers, the class token attends to itself alone at the start ([12](#l2)) |
 # | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, next row |
-# | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; in the consistency only; in `smoke` no cutout | always, as in DiffAugment's own code; `smoke` at 50,000 images 1,120 and 955, not 1,242 to 1,478; `paper` at 800,000 532, not 663 and 688 ([10](#diffaugment)) |
+# | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; in the consistency only; in `smoke` no cutout | always, as in DiffAugment's own code; `smoke` at 50,000 images 955 to 1,120, not 1,242 to 1,478; `paper` at 800,000 532, not 663 and 688 ([10](#diffaugment)) |
 # | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 256, `smoke` 16 | `paper` with DiffAugment at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
 # | patch decoder | SIREN | SIREN; the layer to RGB starts at a tenth; four modulated layers, in the paper's settings two | 1,358 and 1,193 against 2,771 and 2,520 at 48,000 images |
