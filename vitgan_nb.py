@@ -1882,7 +1882,7 @@ def test_diff_augment():
 # <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. The mean gradient stays, as each
 # image is judged alone; single steps get noisier.</details>
 #
-# <details><summary><b>Measured here</b>: without DiffAugment in the losses, lower FRD, and mostly more variety</summary>
+# <details><summary><b>Measured here</b>: without DiffAugment in the losses, mostly lower FRD and more variety, but not with Adam</summary>
 #
 # | | FRD with $T$ in the losses | recall | FRD without | recall |
 # |---|---|---|---|---|
@@ -1929,9 +1929,9 @@ class OverlappingPatchEmbedding(nn.Module):
 
 # %% [markdown]
 # A real image with two neighbours marked, and those patches as the discriminator gets them: right of the dashed line in
-# the first and left of it in the second lies the same strip, so the border between them is inside both.
-# On the right, how many patches hold each pixel. `overlap` says by how many pixels a patch is extended; at 0 every
-# pixel is in one patch alone.
+# the first and left of it in the second lies the same strip, so the border between them is inside both. On the right,
+# how many patches hold each pixel. `overlap` says by how many pixels a patch is extended; at 0 every pixel is in one
+# patch alone.
 
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
