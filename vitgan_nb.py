@@ -1805,6 +1805,10 @@ def random_cutout(x: Tensor) -> Tensor:
     return x * ~(near[0][:, :, None] & near[1][:, None, :])[:, None]  # (B, 3, H, W)
 
 
+# %% [markdown]
+# $T$ is those that `policy` names, one after the other.
+
+# %%
 AUGMENTATIONS = {"color": random_color, "translation": random_translation, "cutout": random_cutout}
 
 
@@ -2179,6 +2183,11 @@ class ImprovedSpectralNorm(nn.Module):
             return self.sigma_init / sigma * weight  # (out, in)
 
 
+# %% [markdown]
+# An `EqualizedLinear` passes its weight through `normalise` each time it is used. The parameter stays the one it was.
+
+
+# %%
 def improved_spectral_norm(module: nn.Module) -> nn.Module:
     """Put `ImprovedSpectralNorm` on the weight of every `EqualizedLinear` in `module`; returns `module`.
 
@@ -2279,10 +2288,7 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 # <a name="discriminator"></a>
 # ## 14. Discriminator
 #
-# A Vision Transformer. Its tokens are the overlapping patches and one extra learned token, the **class token**, which
-# stands for no patch. A position embedding (a learned table, not waves) is added; pre-norm blocks with L2 attention
-# follow. A linear layer reads one number off the class token: the **logit**, which must be free to take any value. Every
-# linear layer has improved spectral normalisation.
+# A Vision Transformer. Its block is the generator's without the style: plain LayerNorm, L2 attention, MLP.
 
 
 # %%
@@ -2299,6 +2305,14 @@ class DiscriminatorBlock(nn.Module):
         return h + self.mlp(self.norm2(h))  # (B, N, D)
 
 
+# %% [markdown]
+# The tokens are the overlapping patches and one extra learned token, the **class token**, which stands for no patch. A
+# position embedding (a learned table, not waves) is added, and the blocks follow. A linear layer reads one number off
+# the class token: the **logit**, which must be free to take any value. Every linear layer has improved spectral
+# normalisation.
+
+
+# %%
 class Discriminator(nn.Module):
     """The ViT discriminator of ViTGAN (Lee et al. 2022, "Regularizing ViT-based discriminator"), sized by a `Config`."""
 
@@ -2938,7 +2952,7 @@ def one_step_in_all_directions():
         label = f"{kind.__name__.capitalize()}: half of the squared length is in {half} of {len(moved)} directions"
         axis.plot(moved, label=label)
     even = config.learning_rate * len(moved) ** 0.5
-    axis.axhspan(0.7 * even, 1.2 * even, alpha=0.2, color="C1", label="0.7 to 1.2 of η√128, where Muon aims")
+    axis.axhspan(0.7 * even, 1.2 * even, alpha=0.2, color="C1", label=f"0.7 to 1.2 of η√{len(moved)}, where Muon aims")
     axis.set(xlabel="direction", ylabel="how far (singular value)", title="one step of one matrix, η = 0.004")
     axis.legend(fontsize=8)
 
