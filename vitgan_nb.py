@@ -2280,8 +2280,8 @@ def test_improved_spectral_norm_holds_while_the_optimizer_works():
 #
 # <details><summary><b>Measured here</b>: plain or no spectral normalisation, no more than seeds differ</summary>
 #
-# FRD with plain spectral normalisation, each layer with its gain as steep as 1, 3,493 and 3,575; with none 3,477 and
-# 3,295; as it is 3,297 and 3,377 (32,000 images).
+# With plain spectral normalisation (every layer, its factor $1/\sqrt{n_\text{in}}$ included, is as steep as 1) FRD is
+# 3,493 and 3,575; with none 3,477 and 3,295; as it is 3,297 and 3,377 (32,000 images).
 # </details>
 
 # %% [markdown]
@@ -2307,9 +2307,9 @@ class DiscriminatorBlock(nn.Module):
 
 # %% [markdown]
 # The tokens are the overlapping patches and one extra learned token, the **class token**, which stands for no patch. A
-# position embedding (a learned table, not waves) is added, and the blocks follow. A linear layer reads one number off
-# the class token: the **logit**, which must be free to take any value. Every linear layer has improved spectral
-# normalisation.
+# position embedding (a learned table, not waves) is added, and the blocks follow. The class token alone goes through a
+# last LayerNorm, and a linear layer reads one number off it: the **logit**, which must be free to take any value. Every
+# linear layer has improved spectral normalisation.
 
 
 # %%
@@ -2727,7 +2727,7 @@ def test_moving_average():
 #
 # | what you see | cause | where it is mended |
 # |---|---|---|
-# | *real* and *fake* lie between −0.17 and 0; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: its output cannot fall below −0.17. The head's own output settles at −3.0 for real and −2.1 for generated images, where the GELU is nearly flat, so hardly any gradient reaches the generator | [14](#discriminator) |
+# | *real* and *fake* lie between −0.17 and 0; the generator's loss stays below 0.78 and hardly moves | a GELU after the head: its output cannot fall below −0.17. The head's own output settles at −3.0 for real and −2.1 for generated images. Down there the GELU falls as its input grows, so real images still get the higher logit, 0.00 against −0.04; and it is nearly flat, so hardly any gradient reaches the generator | [14](#discriminator) |
 # | pale, washed-out samples | real images in [0, 1] | [2](#data) |
 # | *real* and *fake* lie far apart, the generator's loss is two to three times the sound run's | neither DiffAugment, which is in this model's losses too, nor bCR | [10](#diffaugment), [15](#losses) |
 
@@ -2800,14 +2800,15 @@ def test_gelu_after_the_head_caps_the_loss():
 # been used up, which averages nothing, silently; no seed.
 #
 # **Exercise.** Leave `.detach()` out of the line that paints `fake` for the discriminator. Which ✓ fails, and does
-# training stop? <details><summary>Answer</summary>The step's. Training goes on, only slower: the generator gets
-# gradients that its own `zero_grad` throws away.</details>
+# training stop? <details><summary>Answer</summary>The step's. The small runs above go on, only slower: the generator
+# gets gradients that its own `zero_grad` throws away. Section 19 has a fast step of its own and does not change.
+# </details>
 #
 # <details><summary><b>Measured here</b>: the average paints better; half-lives of 2.5 to 10 % are alike</summary>
 #
-# In one run of `smoke`, after 50,000 and 100,000 images: FRD 1,083 and 807, of the generator itself 1,250 and 848. In
-# one run of `smoke`'s size with a SIREN of depth 2, after 200,000 images: FRD 989, 942, 935, 950, 1,052 and 1,293 with
-# 1.25, 2.5, 5, 10, 20 and 40 % (5,000 samples).
+# In one run of `smoke` without DiffAugment in its losses, after 50,000 and 100,000 images: FRD 1,083 and 807, of the
+# generator itself 1,250 and 848. In one run of `smoke`'s size with a SIREN of depth 2, after 200,000 images: FRD 989,
+# 942, 935, 950, 1,052 and 1,293 with 1.25, 2.5, 5, 10, 20 and 40 % (5,000 samples).
 # </details>
 
 # %% [markdown]
@@ -2997,7 +2998,8 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 #   times. Real and painted images, plain and augmented, go through the discriminator in one pass of $4B$, so that
 #   weights are normalised once. Products, and what is computed from them (sines, GELU, the generator's tokens), are in
 #   bfloat16; weights, their $\sigma$ and the losses in float32. In float16 a *scaler* multiplies the loss before
-#   `backward` and divides the gradients again, and a batch that overflows is skipped and counted. A check compares them.
+#   `backward` and divides the gradients again, and a batch that overflows is skipped and counted. A check compares the
+#   fast step and the plain one in float32.
 # * **Compiled on a GPU**: both losses with their gradients, each a graph that is replayed.
 # * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, and
 #   is written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
@@ -3940,9 +3942,9 @@ def before_early_after():
 #
 # $$\mathrm{KID} = \mathbb E\,k(a,a') + \mathbb E\,k(b,b') - 2\,\mathbb E\,k(a,b), \qquad k(a,b) = \Bigl(\frac{a \cdot b}{p} + 1\Bigr)^3$$
 #
-# with $p$ features, and $a \ne a'$, $b \ne b'$. If samples are like real images, a sample resembles a real image as
-# much as two samples resemble each other, and it is 0 on average: a measured value can lie below. Few samples only
-# widen its error; they do not shift it.
+# $k$ says how alike two images are, by their $p$ features; $a \ne a'$, $b \ne b'$. If samples are like real images, a
+# sample resembles a real image as much as two samples resemble each other, and KID is 0 on average: a measured value
+# can lie below. Few samples only widen its error; they do not shift it.
 
 
 # %%
@@ -4363,8 +4365,8 @@ def above_the_training_resolution(seed=16):
 # <a name="found"></a>
 # ## 22. What we found
 #
-# Most of it is about small models (a generator of a million weights) and few images (200,000 are an hour or a little
-# more of one core), on a CPU. Every table, with its command, is in `docs/experiments.md` of the repository.
+# Most of it is about small models (a generator of a million weights or fewer) and few images (200,000 are an hour or a
+# little more of one core), on a CPU. Every table, with its command, is in `docs/experiments.md` of the repository.
 #
 # **What mattered.**
 #
@@ -4372,7 +4374,8 @@ def above_the_training_resolution(seed=16):
 #   doubles it ([8](#patch)).
 # * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles, but for
 #   one seed of `smoke`'s three ([10](#diffaugment)).
-# * *Muon* makes the larger model pay; a learning rate of 0.002 is too slow at this length ([17](#muon)).
+# * *Muon*: at `smoke`'s size, with a SIREN of depth 2, FRD 1,340 to 2,173 after 100,000 images, with Adam 3,679 (one
+#   seed). At a learning rate of 0.002, not 0.004, Muon is too slow at this length ([17](#muon)).
 # * Hints only: slow position waves ([5](#waves)), and grey images at the start, which save some 8,000 images
 #   ([8](#patch)).
 #
@@ -4386,10 +4389,11 @@ def above_the_training_resolution(seed=16):
 #
 # **Surprises.** Without overlapping patches, and with LayerNorm and a style added once in place of SLN, FRD was *lower*
 # with both seeds, by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was
-# better and one 1,200 worse. At 200,000 images depth 2, 3 and 4 (this one with slow waves too) are alike in FRD and
-# differ in recall: 0.12, 0.18, 0.24. And a plain DCGAN, nine times faster, is behind in FRD after 15 minutes of one
-# core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60, when `smoke`, not compiled, has seen 160,000
-# images: 668 and 643 against 901 and 827, recall 0.41 and 0.45 against 0.32 and 0.27.
+# better and one 1,200 worse. At 200,000 images `smoke` with a SIREN of depth 2, 3 and 4 (this one with slow waves too)
+# is alike in FRD and differs in recall: 0.12, 0.18, 0.24. And a plain DCGAN (a GAN of convolutions, Radford et al.
+# 2016), nine times faster, is behind in FRD after 15 minutes of one core, 1,546 and 1,471 against 1,023 and 1,123, and
+# far ahead after 60, when `smoke`, not compiled, has seen 160,000 images: 668 and 643 against 901 and 827, recall 0.41
+# and 0.45 against 0.32 and 0.27.
 #
 # **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746 and 680, recall 0.30 and 0.36 at
 # 200,000 images, 67 and 68 minutes compiled, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one
@@ -4403,11 +4407,13 @@ def above_the_training_resolution(seed=16):
 # there. `lesson` had FRD 659 and 619 at a million, 501 and 450 at two (two seeds), **393 and recall 0.50 at four**
 # (one). float16 learned like bfloat16 (one seed).
 #
+# **Where we differ from the paper.**
+#
 # | part | paper | here | why |
 # |---|---|---|---|
 # | SLN | scale γ | 1 + γ | γ = 0 is then LayerNorm; no difference measured |
 # | L2 attention | distance over $\sqrt d$ | over $d$ | over $\sqrt d$, with equalized layers, the class token attends to itself alone at the start ([12](#l2)) |
-# | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, next row |
+# | bCR | 10 / 10 | `paper` and `lesson` 1 / 1, `smoke` 0.3 / 0.3 | hints; within the seeds; in `paper` together with Muon, see *optimizer* |
 # | DiffAugment | with scaling, each with probability 0.8 | no scaling, always; in the consistency only; in `smoke` no cutout | always, as in DiffAugment's own code; `smoke` at 50,000 images 955 to 1,120, not 1,242 to 1,478; `paper` at 800,000 532, not 663 and 688 ([10](#diffaugment)) |
 # | optimizer | Adam, 0.002, batch 128 | Muon, 0.004; `paper` batch 128, `lesson` 256, `smoke` 16 | `paper` with DiffAugment at 500,000 images, one seed: FRD 835; with Adam and bCR 10 / 10 1,278 |
 # | position waves | sine of a linear map | the same; it starts with half a turn across the image | ahead of a turn with both seeds, a hint |
@@ -4444,6 +4450,7 @@ def above_the_training_resolution(seed=16):
 # * Miyato et al. (2018). [Spectral normalization for GANs](https://arxiv.org/abs/1802.05957)
 # * Mirza & Osindero (2014). [Conditional generative adversarial nets](https://arxiv.org/abs/1411.1784)
 # * Miyato & Koyama (2018). [cGANs with projection discriminator](https://arxiv.org/abs/1802.05637)
+# * Radford et al. (2016). [Unsupervised representation learning with deep convolutional GANs](https://arxiv.org/abs/1511.06434) (DCGAN)
 # * Salimans et al. (2016). [Improved techniques for training GANs](https://arxiv.org/abs/1606.03498) (Inception score)
 # * Sitzmann et al. (2020). [Implicit neural representations with periodic activation functions](https://arxiv.org/abs/2006.09661) (SIREN)
 # * Tancik et al. (2020). [Fourier features let networks learn high frequency functions](https://arxiv.org/abs/2006.10739)
@@ -4456,9 +4463,9 @@ def above_the_training_resolution(seed=16):
 # <a name="other-networks"></a>
 # ## A. Other networks
 #
-# Two networks of the paper's experiments, and a penalty, that no profile uses. Run this section, then train with them,
-# from a cell or by flags of the same names: `train(replace(config, discriminator="stylegan2", r1=0.1,
-# decoder="conv"))`.
+# Three things that no profile uses: the discriminator of the paper's lowest FID, a convolutional decoder, which the
+# authors' code recommends, and a penalty. Run this section, then train with them, from a cell or by flags of the same
+# names: `train(replace(config, discriminator="stylegan2", r1=0.1, decoder="conv"))`.
 #
 # **`discriminator="stylegan2"`**: the paper's lowest FID on CIFAR-10, 4.57, is of its generator with the convolutional
 # discriminator of StyleGAN2 (Karras et al. 2020). Residual blocks halve the side until it is 4; before each halving
