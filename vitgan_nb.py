@@ -67,7 +67,7 @@
 # **Measured here**, folded at the end of a section, says what a change did when we trained. *FRD* is a Fréchet distance
 # to real images, on the features of a ResNet: lower is better; test images have 6, blurred ones 2,047. *Recall* is the
 # share of real images that lie among the samples. Two runs that differ in the seed alone can lie 1,050 apart in FRD.
-# [Section 20](#measure) says what was trained.
+# [Section 20](#measure) says what was trained; in some runs DiffAugment ([10](#diffaugment)) was in the losses.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -802,7 +802,7 @@ class Game:
 
     def turn_of_G(self) -> float:
         logits = self.D(self.G(torch.randn(128, 2)))  # (128, 1); here the gradient must run through D into G
-        loss = -F.softplus(logits).mean() if self.saturating else F.softplus(-logits).mean()
+        loss = -F.softplus(logits).mean() if self.saturating else F.softplus(-logits).mean()  # saturating: see below
         self.optimizer_G.zero_grad()
         loss.backward()  # leaves gradients in D too, which D's next turn clears away
         self.optimizer_G.step()
@@ -928,7 +928,8 @@ def test_the_game_gives_each_player_its_own_turn():
 
 
 # %% [markdown]
-# **Exercise.** In `play`, give $G$ ten turns for each turn of $D$. Guess the losses first, then look at the points.
+# **Exercise.** In `play`, give $G$ ten turns for each turn of $D$: `[game.turn_of_G() for _ in range(10)][-1]` in place
+# of `game.turn_of_G()`. Guess the losses first, then look at the points.
 # <details><summary>Answer</summary>The losses lie closer to 1.386 and 0.693 than before, and the points are bad: all of
 # them crowd together in one place, which changes. $D$ has too few turns to learn more than that this place is to be
 # called fake; by then $G$ is elsewhere. Losses at the lines can mean a $D$ that is weak.</details>
@@ -944,11 +945,12 @@ def test_the_game_gives_each_player_its_own_turn():
 # $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
 #
 # $f$ is eight layers deep (two in `smoke`), each $\sqrt2\,\mathrm{LeakyReLU}_{0.2}$ of a linear layer; the $\sqrt 2$
-# keeps the size. Everything in the generator follows from the style, so $f$ should learn slowly. All other layers
-# should learn equally fast. Adam gives neither. It moves every weight by about $\eta$ per step, whatever the gradient's
-# size (so does Muon, [17](#muon)). A layer with many inputs starts with small weights, and such a step rewrites them. A
-# layer with few inputs starts with large ones, and hardly changes. The **equalized learning rate** (Karras et al. 2018)
-# stores all weights at one size and scales them in use, with $m$ (`lr_multiplier`) 1 in most layers:
+# keeps the size. (The *size* of a vector or matrix is the root of the mean square of its entries, here and below.)
+# Everything in the generator follows from the style, so $f$ should learn slowly. All other layers should learn equally
+# fast. Adam gives neither. It moves every weight by about $\eta$ per step, whatever the gradient's size (so does Muon,
+# [17](#muon)). A layer with many inputs starts with small weights, and such a step rewrites them. A layer with few
+# inputs starts with large ones, and hardly changes. The **equalized learning rate** (Karras et al. 2018) stores all
+# weights at one size and scales them in use, with $m$ (`lr_multiplier`) 1 in most layers:
 #
 # $$o = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
@@ -1069,8 +1071,8 @@ def test_mapping_network():
 
 # %% [markdown]
 # **Exercise.** Leave the $\sqrt 2$ out of the mapping network. Which ✓ fails, and how large is $w$ at a depth of eight?
-# <details><summary>Answer</summary>The mapping network's: leaky ReLU about halves the mean square at each layer, so
-# after eight layers <i>w</i> has about a sixteenth of its size, and modulates a sixteenth as much.</details>
+# <details><summary>Answer</summary>The mapping network's: leaky ReLU about halves the mean square at each layer. Without
+# eight factors √2 <i>w</i> has a sixteenth of its size, and sways the tokens (section 6) a sixteenth as much.</details>
 #
 # <details><summary><b>Measured here</b>: a mapping network as fast as all else made no difference</summary>
 #
@@ -1084,18 +1086,18 @@ def test_mapping_network():
 # ## 5. Waves: where in the image, where in the patch
 #
 # A Transformer does not know in which order its tokens stand, and a network that paints pixels must know which pixel.
-# Both get their position as sines, because a network that is fed with two raw coordinates learns slow variations first
-# and sharp ones hardly ever (Tancik et al. 2020). With $v \in [-1, 1]^2$:
+# Both get their position as sines, because a network of ReLUs that is fed with two raw coordinates learns slow
+# variations first and sharp ones hardly ever (Tancik et al. 2020). With $v \in [-1, 1]^2$:
 #
 # $$\text{position embedding}\quad h_0 = \sin(A v + b), \qquad \text{Fourier features}\quad \phi(v) = \sin(A' v + b')$$
 #
 # Each feature is a plane wave; its direction, frequency and phase are learned, three numbers. A *turn* is one period of
-# the sine, $2\pi$. Across is two units, from $-1$ to 1: half a turn across is $\pi/2$ a unit. In $h_0$, $v$ is a
-# patch's centre in the image, and the waves start with about half a turn across the image, so that neighbouring patches
-# start out alike. In $\phi$, $v$ is a pixel's place in its patch, and the waves start slow, with an eighth of a turn
-# across the patch: at first they say little more than raw coordinates. Sharper detail is left to the sines of the
-# decoder ([8](#patch)), and to training, which may make these waves faster. The pixels of all patches are in the same
-# places: their features are computed once per pass.
+# the sine, $2\pi$. The image, or the patch, is two units across, from $-1$ to 1: half a turn across it is $\pi/2$ a
+# unit. In $h_0$, $v$ is a patch's centre in the image, and the waves start with about half a turn across the image, so
+# that neighbouring patches start out alike. In $\phi$, $v$ is a pixel's place in its patch, and the waves start slow,
+# with an eighth of a turn across the patch: at first they say little more than raw coordinates. Sharper detail is left
+# to the sines of the decoder ([8](#patch)), and to training, which may make these waves faster. The pixels of all
+# patches are in the same places: their features are computed once per pass.
 
 
 # %%
@@ -1256,7 +1258,7 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 # **Exercise.** Take `w.mean(0, keepdim=True)` for `w` in `forward`. Which ✓ fails, and what would the samples be?
 # <details><summary>Answer</summary>SLN's, and later the generator's: all images of a batch would be one.</details>
 #
-# <details><summary><b>Measured here</b>: plain LayerNorm has no worse FRD, but its samples show few motifs</summary>
+# <details><summary><b>Measured here</b>: without SLN no worse FRD, but few motifs; without the last one worse</summary>
 #
 # LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against 3,297 and 3,377
 # (32,000 images). Plain LayerNorm at the end only: 1,525 against 1,134 and 1,295 (`smoke` with DiffAugment in its
@@ -1584,9 +1586,10 @@ def sine_and_relu_paint_the_same_image():
 
 # %% [markdown]
 # The score counts the 32 × 32 pixels only; the picture also shows what lies between them. On the photograph Fourier
-# features gain 6 dB, and sines in place of ReLU 3 more at $\omega_0 = 1$, 10 at 3. On the drawing sines gain nothing,
-# and lose at 1 and 10. At 10 the pixels are nearly right, and between them is noise: these sines start too steep; with
-# weights divided by $\omega_0$ at the start (Sitzmann et al. 2020) there is none. In the GAN 3 was not better than 1.
+# features gain 6 dB. Sines in place of ReLU gain 3 dB more with $\omega_0 = 1$, 10 dB more with $\omega_0 = 3$. On the
+# drawing neither gains anything, and sines with $\omega_0$ 1 or 10 lose. At $\omega_0 = 10$ the pixels are nearly right,
+# and between them is noise: these sines start too steep; with weights divided by $\omega_0$ at the start (Sitzmann et
+# al. 2020) there is none. In the GAN $\omega_0 = 3$ was not better than 1.
 
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1663,7 +1666,7 @@ class Generator(nn.Module):
     def __init__(self, config: Config, kinds: int = 10):
         super().__init__()
         self.config, dim = config, config.dim
-        mapping = functools.partial(ClassMapping, kinds=kinds) if config.classes else MappingNetwork
+        mapping = functools.partial(ClassMapping, kinds=kinds) if config.classes else MappingNetwork  # section B
         self.mapping = mapping(config.latent_dim, dim, config.mapping_depth)
         self.position = waves(dim)  # about half a turn across the image
         self.blocks = nn.ModuleList(
@@ -1769,11 +1772,11 @@ def test_generator():
 # * **translation**: a shift by up to 1/8 of the side, the gap filled with zeros;
 # * **cutout**: a square of half the side set to zero (mid grey).
 #
-# In the paper the losses of both networks see only $T(x)$ and $T(G(z))$ (`diff_augment=True`). Our profiles use $T$ in a
-# weaker way. The losses see the images themselves, and the discriminator is asked to give an image and its transformed
-# copy the same logit: the *consistency* of [section 15](#losses). In most of our short runs that gave more variety.
-# `smoke` has no cutout. In `random_translation` the image is padded with zeros; each output pixel is then read from a
-# shifted row and column.
+# In the ViTGAN paper $L_D$ and $L_G$ see only $T(x)$ and $T(G(z))$ (`diff_augment=True`); its $T$ also scales images,
+# and does each operation with probability 0.8 ([22](#found)). Our profiles use $T$ in a weaker way. $L_D$ and $L_G$ see
+# the images themselves, and the discriminator is asked to give an image and its transformed copy the same logit: the
+# *consistency* of [section 15](#losses). In most of our short runs that gave more variety. `smoke` has no cutout. In
+# `random_translation` the image is padded with zeros; each output pixel is then read from a shifted row and column.
 
 
 # %%
@@ -1883,8 +1886,8 @@ def test_diff_augment():
 
 # %% [markdown]
 # **Exercise.** In `random_color`, draw `torch.rand(3, 1, 1, 1, 1)`, one change for the whole batch. Which ✓ fails?
-# <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. The mean gradient stays, as each
-# image is judged alone; single steps get noisier.</details>
+# <details><summary>Answer</summary>DiffAugment's: all images are transformed alike. Averaged over many steps the
+# gradient stays the same, as each image is judged alone; single steps get noisier.</details>
 #
 # <details><summary><b>Measured here</b>: without DiffAugment in the losses, mostly lower FRD and more variety, but not with Adam</summary>
 #
@@ -1901,10 +1904,11 @@ def test_diff_augment():
 # <a name="overlap"></a>
 # ## 11. Overlapping patches
 #
-# A classifying ViT cuts the image into patches that do not touch. As a *discriminator* it then has no token that holds
-# both sides of a border: whether two patches fit together shows only when attention compares them. So every patch is
-# extended by half its side in each direction: $2P \times 2P$ pixels, every $P$ pixels, and the number of tokens stays.
-# For the patch in row $r$ and column $c$ of the $\sqrt N \times \sqrt N$ grid:
+# A classifying ViT cuts the image into patches that do not overlap. As a *discriminator* it then has no token that
+# holds both sides of a border: whether two patches fit together shows only when attention compares them. So every patch
+# is extended by half its side in each direction: $2P \times 2P$ pixels, one patch every $P$ pixels, and the number of
+# tokens stays. For the patch in row $r$ and column $c$ of the $\sqrt N \times \sqrt N$ grid, both counted from 0, with
+# zeros where a range reaches beyond the image:
 #
 # $$h_i = W \,\mathrm{vec}\bigl(x[\,rP - \tfrac P2 : rP + \tfrac{3P}2,\; cP - \tfrac P2 : cP + \tfrac{3P}2\,]\bigr) + b,
 #   \qquad i = r\sqrt N + c$$
@@ -1932,10 +1936,10 @@ class OverlappingPatchEmbedding(nn.Module):
 
 
 # %% [markdown]
-# A real image with two neighbours marked, and those patches as the discriminator gets them: right of the dashed line in
-# the first and left of it in the second lies the same strip, so the border between them is inside both. On the right,
-# how many patches hold each pixel. `overlap` says by how many pixels a patch is extended; at 0 every pixel is in one
-# patch alone.
+# A real image with two neighbours marked, and those patches as the discriminator gets them. Right of the dashed line in
+# the first and left of it in the second lies the same strip. The border between the two runs through the middle of the
+# strip, so each holds both sides of it. On the right, how many patches hold each pixel. `overlap` says by how many
+# pixels a patch is extended; at 0 every pixel is in one patch alone.
 
 
 # %% cellView="form" jupyter={"source_hidden": true} tags=["nbval-ignore-output"]
@@ -1976,7 +1980,7 @@ def test_overlapping_patches():
 
 
 # %% [markdown]
-# **Exercise.** Take `kernel_size=p`, no padding, and `3 * patch_size**2` inputs: patches that do not touch. Which ✓
+# **Exercise.** Take `kernel_size=p`, no padding, and `3 * patch_size**2` inputs: patches that do not overlap. Which ✓
 # fails, and what will the generator get away with? <details><summary>Answer</summary><i>Overlapping patches</i>. A step
 # in brightness at a patch's border costs it little: no token sees both sides.</details>
 #
