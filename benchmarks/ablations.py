@@ -1,10 +1,10 @@
 """Train `smoke` with one technique taken out, or put in, at a time, and leave samples of each to be measured.
 
-    python benchmarks/ablations.py [--only NAME …] [--images 50000] [--seeds 0 1] [--out runs/ablations]
+    python benchmarks/ablations.py [--only NAME …] [--images 50000] [--seeds 0 1] [--small] [--out runs/ablations]
 
-A run takes 18 to 20 minutes of one CPU core. Each leaves OUT/NAME-IMAGES-SEED.npz, 10,000 samples as uint8
-(N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON. Runs whose samples are there already are skipped.
-In the end OUT/ablations.jpg shows 30 samples of each, of the first seed.
+A run takes 18 to 20 minutes of one CPU core, of the small model half of that. Each leaves OUT/NAME-IMAGES-SEED.npz,
+10,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON. Runs whose samples are there
+already are skipped. In the end OUT/ablations.jpg shows 30 samples of each, of the first seed.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def train_changed(
 
 def samples_of(name: str, flags: argparse.Namespace, seed: int) -> Path:
     """Where the samples of a run are, or will be."""
-    return flags.out / f"{name.replace(' ', '-').replace(',', '')}-{flags.images}-{seed}.npz"
+    return flags.out / f"{'small-' * flags.small}{name.replace(' ', '-').replace(',', '')}-{flags.images}-{seed}.npz"
 
 
 def save(samples: np.ndarray, path: Path):
@@ -146,16 +146,18 @@ def main():
     parser.add_argument("--only", choices=ABLATIONS, nargs="+")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--small", action="store_true", help="96 × 2, two heads, a SIREN 64 wide, in place of `smoke`")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
+    small = dict(dim=96, depth=2, heads=2, siren_dim=64) if flags.small else {}
     for seed in flags.seeds:
         for name in flags.only or ABLATIONS:
             path = samples_of(name, flags, seed)
             if path.exists():
                 continue
             changed, fields = ABLATIONS[name]
-            config = replace(v.PROFILES["smoke"], dataset="cifar10", compile=True, seed=seed, **fields)
+            config = replace(v.PROFILES["smoke"], dataset="cifar10", compile=True, seed=seed, **small, **fields)
             ((line, samples),) = train_changed(config, changed, [flags.images], n=10_000)
             save(samples, path)
             print(json.dumps({"name": name} | line), flush=True)
