@@ -67,7 +67,7 @@
 # **Measured here**, folded at the end of a section, says what a change did when we trained. *FRD* is a Fréchet distance
 # to real images, on the features of a ResNet: lower is better; test images have 6, blurred ones 2,047. *Recall* is the
 # share of real images that lie among the samples. Two runs that differ in the seed alone can lie 1,050 apart in FRD.
-# [Section 20](#measure) says what was trained; in some runs DiffAugment ([10](#diffaugment)) was in the losses.
+# [Section 20](#measure) says what was trained; unless told, DiffAugment ([10](#diffaugment)) was in the losses.
 #
 # **Contents.**
 # [1 Settings](#settings) · [2 Data](#data) · [3 The game](#game) ·
@@ -942,21 +942,21 @@ def test_the_game_gives_each_player_its_own_turn():
 # every direction is alike. Images are not like that: some combinations hardly occur. A **mapping network** bends the
 # cloud first, and what comes out is the **style** $w$ (Karras et al. 2019):
 #
-# $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad n_z \text{ the length of } z$$
+# $$w = f\!\left(\frac{z}{\sqrt{\tfrac1{n_z}\sum_i z_i^2}}\right), \qquad z \in \mathbb R^{n_z}$$
 #
 # $f$ is eight layers deep (two in `smoke`), each $\sqrt2\,\mathrm{LeakyReLU}_{0.2}$ of a linear layer; the $\sqrt 2$
 # keeps the size. (The *size* of a vector or matrix is the root of the mean square of its entries, here and below.)
-# Everything in the generator follows from the style, so $f$ should learn slowly. All other layers should learn equally
-# fast. Adam gives neither. It moves every weight by about $\eta$ per step, whatever the gradient's size (so does Muon,
-# [17](#muon)). A layer with many inputs starts with small weights, and such a step rewrites them. A layer with few
-# inputs starts with large ones, and hardly changes. The **equalized learning rate** (Karras et al. 2018) stores all
-# weights at one size and scales them in use, with $m$ (`lr_multiplier`) 1 in most layers:
+# All variety follows from the style, so $f$ should learn slowly. All other layers should learn equally fast. Adam gives
+# neither. It moves every weight by about $\eta$ per step, whatever the gradient's size (so does Muon, [17](#muon)). A
+# layer with many inputs starts with small weights, and such a step rewrites them. A layer with few inputs starts with
+# large ones, and hardly changes. The **equalized learning rate** (Karras et al. 2018) stores weights at size $1/m$ and
+# scales them in use, with $m$ (`lr_multiplier`) 1 in most layers:
 #
 # $$o = \frac{m}{\sqrt{n_\text{in}}}\,W x + m\,b, \qquad W_{ij} \sim \mathcal N(0, 1/m^2)$$
 #
-# Inputs $x$ of size 1 give outputs $o$ of size 1 at any width, and a step changes the weights of every layer by the
-# same *share*. With $m = 0.01$ a layer starts the same and learns 100 times slower: so does the mapping network. All
-# linear layers below are of this kind.
+# Inputs $x$ of size 1 give outputs $o$ of size 1, and a step changes $W$ by the same *share*, at any width. With $m =
+# 0.01$ a layer starts the same and learns 100 times slower: so does the mapping network. All linear layers below are of
+# this kind.
 
 
 # %%
@@ -1086,8 +1086,8 @@ def test_mapping_network():
 # ## 5. Waves: where in the image, where in the patch
 #
 # A Transformer does not know in which order its tokens stand, and a network that paints pixels must know which pixel.
-# Both get their position as sines, because a network of ReLUs that is fed with two raw coordinates learns slow
-# variations first and sharp ones hardly ever (Tancik et al. 2020). With $v \in [-1, 1]^2$:
+# Both get it as sines: from two raw coordinates a network (there of ReLUs) learns slow variations first and sharp ones
+# hardly ever (Tancik et al. 2020). With $v \in [-1, 1]^2$:
 #
 # $$\text{position embedding}\quad h_0 = \sin(A v + b), \qquad \text{Fourier features}\quad \phi(v) = \sin(A' v + b')$$
 #
@@ -1258,12 +1258,12 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 # **Exercise.** Take `w.mean(0, keepdim=True)` for `w` in `forward`. Which ✓ fails, and what would the samples be?
 # <details><summary>Answer</summary>SLN's, and later the generator's: all images of a batch would be one.</details>
 #
-# <details><summary><b>Measured here</b>: without SLN no worse FRD, but few motifs; without the last one worse</summary>
+# <details><summary><b>Measured here</b>: without SLN no worse FRD, but few motifs; without the last one less recall</summary>
 #
 # LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against 3,297 and 3,377
-# (32,000 images). Plain LayerNorm at the end only: 1,525 against 1,134 and 1,295 (`smoke` with DiffAugment in its
-# losses, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place of $1 + \gamma$: 2,727 and 2,931
-# against 2,771 and 2,520 (48,000 images), alike.
+# (32,000 images), but a few motifs. Plain LayerNorm after the blocks only: 1,525 against 1,134 and 1,295 (`smoke` with
+# DiffAugment in its losses, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place of $1 +
+# \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), alike.
 # </details>
 
 # %% [markdown]
@@ -1531,8 +1531,8 @@ def patches_of_an_untrained_siren():
 
 # %% [markdown]
 # **What do the sines do?** Five networks of equal width and depth learn an image of 32 × 32 pixels by heart, from
-# position to colour: two with ReLU, three with sines (Fourier features start eight times faster than the
-# decoder's), each with the learning rate that did best of three on the photograph. Each is shown at four times the
+# position to colour: two with ReLU, three with sines (all but one on Fourier features, eight times faster than
+# the decoder's), each with the learning rate that did best of three on the photograph. Each is shown at four times the
 # resolution; above it how near it came to the pixels (PSNR, larger is better, mean and deviation of three starts).
 
 # %% cellView="form" jupyter={"source_hidden": true}
@@ -1655,8 +1655,8 @@ def test_patches_to_image_undoes_cutting():
 # <a name="generator"></a>
 # ## 9. Generator
 #
-# All together: $z$ becomes a style $w$; the position embedding passes through the blocks under that style; each token
-# paints its patch; the patches become the image.
+# All together: $z$ becomes a style $w$; the position embedding passes through the blocks and a last SLN under that
+# style; each token $y$ paints its patch; the patches become the image.
 
 
 # %%
@@ -2000,7 +2000,7 @@ def test_overlapping_patches():
 # are products of two tokens, the larger the steeper (Kim et al. 2021). The remedy is to compare tokens by **distance**,
 # with **query and key from one matrix**:
 #
-# $$S_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q = h\,W_q$$
+# $$S_{ij} = \underset{j}{\mathrm{softmax}}\left(-\frac{\|q_i - q_j\|^2}{d}\right), \qquad q_i = W_q\,h_i$$
 #
 # and the head returns $SV$. Near tokens attend to each other. The distances need not be formed: expand the square, and
 # the term that depends on $i$ alone is the same along the row, so the softmax ignores it. A dot product with one number
@@ -2805,7 +2805,7 @@ def test_gelu_after_the_head_caps_the_loss():
 #
 # **Exercise.** Leave `.detach()` out of the line that paints `fake` for the discriminator. Which ✓ fails, and does
 # training stop? <details><summary>Answer</summary>The step's. The small runs above go on, only slower: the generator
-# gets gradients that its own `zero_grad` throws away. Section 19 has a fast step of its own and does not change.
+# gets gradients that its own `zero_grad` throws away. Section 19 takes the fast step of section 18 and does not change.
 # </details>
 #
 # <details><summary><b>Measured here</b>: the average paints better; half-lives of 2.5 to 10 % are alike</summary>
@@ -3001,9 +3001,9 @@ def test_muon_moves_a_matrix_about_equally_far_in_all_directions():
 # * **The fast step equals the plain one**, but for rounding and for $\sigma$, which it follows once a step, not four
 #   times. Real and painted images, plain and augmented, go through the discriminator in one pass of $4B$, so that
 #   weights are normalised once. Products, and what is computed from them (sines, GELU, the generator's tokens), are in
-#   bfloat16; weights, their $\sigma$ and the losses in float32. In float16 a *scaler* multiplies the loss before
-#   `backward` and divides the gradients again, and a batch that overflows is skipped and counted. A check compares the
-#   fast step and the plain one in float32.
+#   bfloat16 where the machine multiplies it; weights, their $\sigma$ and the losses in float32. In float16 a *scaler*
+#   multiplies the loss before `backward` and divides the gradients again, and a batch that overflows is skipped and
+#   counted. A check compares the fast step and the plain one in float32.
 # * **Compiled on a GPU**: both losses with their gradients, each a graph that is replayed.
 # * **Never lose a run.** A checkpoint every five minutes holds networks, average, optimizers and random generators, and
 #   is written beside its final name and renamed. The newest two stay, and one at every doubling of the steps: a GAN can
@@ -4091,8 +4091,8 @@ if LIVE:
 
 # %% [markdown]
 # **The usual five.** `evaluate(sample(run.average.module, 50_000), train_images)` computes them through torch-fidelity
-# as the papers do; on the command line, `python vitgan_nb.py evaluate --weights FOLDER`. It needs the network for
-# Inception and VGG16, and `pip install torch-fidelity`.
+# as the papers do; on the command line, `python vitgan_nb.py evaluate --weights FOLDER`. It downloads Inception
+# and VGG16, and needs `pip install torch-fidelity`.
 #
 # * **FID**: the distance between two Gaussians fitted to the features, of means $\mu$ and covariances $C$,
 #   $\lVert\mu_a-\mu_b\rVert^2 + \mathrm{tr}\bigl(C_a + C_b - 2\,(C_aC_b)^{1/2}\bigr)$. Biased: it falls as the number
@@ -4101,15 +4101,15 @@ if LIVE:
 # * **Precision / recall**: which share of samples lies among real images (are they good?), which share of real images
 #   lies among samples (is everything there?). *Among* is: no further from one of them than that one is from its third
 #   nearest neighbour. A GAN that paints one perfect horse has precision 1 and recall 0.
-# * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(p(c\,|\,a)\,\|\,p(c)\bigr)$ for classes $c$: are samples
-#   clearly of one class, and all classes there?
+# * **Inception score**: $\exp\,\mathbb E\,\mathrm{KL}\bigl(P(c\,|\,a)\,\|\,P(c)\bigr)$ with $P$ the probability of
+#   class $c$: are samples clearly of one class, and all classes there?
 #
 # **The numbers in "Measured here"** are FRD: the formula of FID, × 100, on the features of a ResNet-56 that classifies
 # CIFAR-10 (`benchmarks/frd.py`), because Inception is a large network to fetch. Where nothing else is said, the images
 # are CIFAR-10's, DiffAugment is in the losses, and a small model is trained: two blocks, 96 wide, at full contrast at
 # the start; to 32,000 images with Adam and a SIREN of depth 2, to 36,000 with Muon and depth 4, to 48,000 with Muon and
 # depth 2. Its FRD is of 2,000 samples, that of all other models of 10,000. Fewer raise it: the first 2,000 test images
-# have 17. All tables, with their commands: `docs/experiments.md`.
+# have 17. All tables, most with commands: `docs/experiments.md`.
 #
 # **A mistake of ours.** Drawn from seed 0, the latents of a run with seed 0 were the very numbers that the mapping
 # network's first weights had begun with. Such a $z$ equals a row of these weights, its output there is √384 times too
@@ -4370,7 +4370,7 @@ def above_the_training_resolution(seed=16):
 # ## 22. What we found
 #
 # Most of it is about small models (a generator of a million weights or fewer) and few images (200,000 are an hour or a
-# little more of one core), on a CPU. Every table, with its command, is in `docs/experiments.md` of the repository.
+# little more of one core), on a CPU.
 #
 # **What mattered.**
 #
@@ -4379,7 +4379,7 @@ def above_the_training_resolution(seed=16):
 # * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles, but for
 #   one seed of `smoke`'s three ([10](#diffaugment)).
 # * *Muon*: at `smoke`'s size, with a SIREN of depth 2, FRD 1,340 to 2,173 after 100,000 images, with Adam 3,679 (one
-#   seed). At a learning rate of 0.002, not 0.004, Muon is too slow at this length ([17](#muon)).
+#   seed, 2,000 samples). At a rate of 0.002, not 0.004, Muon was slower in the small model ([17](#muon)).
 # * Hints only: slow position waves ([5](#waves)), and grey images at the start, which save some 8,000 images
 #   ([8](#patch)).
 #
@@ -4389,7 +4389,7 @@ def above_the_training_resolution(seed=16):
 # on the slope of the discriminator at real images) or R3GAN's pairs (the loss compares the logits of a real image and a
 # generated one); bCR's weight from 0.3 to 10, a learning rate that grows at first, batches of 32, cutout, mirrored
 # images, L2 or dot-product attention, improved, plain or no spectral normalisation, cheaper models that see up to 2.3
-# times as many images a minute (most with one seed).
+# times as many images a minute, from 15 minutes on (most with one seed).
 #
 # **Surprises.** Without overlapping patches, and with LayerNorm and a style added once in place of SLN, FRD was *lower*
 # with both seeds, by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was
@@ -4407,9 +4407,9 @@ def above_the_training_resolution(seed=16):
 # depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). The profile `paper`, which has no DiffAugment in
 # its losses, has 492 at a million images; with it 571 and 632. At 2.2 million, ten minutes of a shared H200, it has
 # **340 and recall 0.57** (one seed). By then its discriminator gives training images logits 0.1 higher than test
-# images, half a standard deviation; with DiffAugment in the losses it gives both the same. So longer runs may want it
-# there. `lesson` had FRD 659 and 619 at a million, 501 and 450 at two (two seeds), **393 and recall 0.50 at four**
-# (one). float16 learned like bfloat16 (one seed).
+# images, half a standard deviation; with DiffAugment in the losses, at 1.4 million, both the same. So longer runs may
+# want it there. `lesson` had FRD 659 and 619 at a million, 501 and 450 at two (two seeds), **393 and recall 0.50 at
+# four** (one). float16 learned like bfloat16 (one seed).
 #
 # **Where we differ from the paper.**
 #
