@@ -1258,12 +1258,13 @@ def test_sln_is_layer_norm_modulated_by_the_style():
 # **Exercise.** Take `w.mean(0, keepdim=True)` for `w` in `forward`. Which ✓ fails, and what would the samples be?
 # <details><summary>Answer</summary>SLN's, and later the generator's: all images of a batch would be one.</details>
 #
-# <details><summary><b>Measured here</b>: without SLN no worse FRD, but few motifs; without the last one less recall</summary>
+# <details><summary><b>Measured here</b>: without SLN a few motifs, and recall 0.001, not 0.16</summary>
 #
-# LayerNorm, with the style added to the tokens once, in place of SLN: FRD 3,000 and 3,128 against 3,297 and 3,377
-# (32,000 images), but a few motifs. Plain LayerNorm after the blocks only: 1,525 against 1,134 and 1,295 (`smoke` with
-# DiffAugment in its losses, 15 minutes), recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place of $1 +
-# \gamma$: 2,727 and 2,931 against 2,771 and 2,520 (48,000 images), alike.
+# LayerNorm, with the style added to the tokens once, in place of SLN, in the small model of [23](#next), 50,000 images:
+# FRD 1,517 and 1,639, not 1,148 and 1,178; recall 0.001 and 0.000, not 0.16 and 0.16 ([picture](#found)). Plain
+# LayerNorm after the blocks only: 1,525 against 1,134 and 1,295 (`smoke` with DiffAugment in its losses, 15 minutes),
+# recall 0.01 against 0.13 and 0.10 (one seed). $\gamma$ in place of $1 + \gamma$: 2,727 and 2,931 against 2,771 and
+# 2,520 (48,000 images), alike.
 # </details>
 
 # %% [markdown]
@@ -1985,10 +1986,11 @@ def test_overlapping_patches():
 # fails, and what will the generator get away with? <details><summary>Answer</summary><i>Overlapping patches</i>. A step
 # in brightness at a patch's border costs it little: no token sees both sides.</details>
 #
-# <details><summary><b>Measured here</b>: without overlap, in a short run, FRD was <i>lower</i></summary>
+# <details><summary><b>Measured here</b>: without overlap the images fall into their patches</summary>
 #
-# 2,875 and 2,789 against 3,297 and 3,377 (32,000 images). That is three minutes of training; we do not know what overlap
-# is worth in a long one.
+# In the small model of [23](#next), 50,000 images: FRD 3,102 and 2,826, not 1,148 and 1,178; recall 0.03, not 0.16
+# ([picture](#found)). With Adam and a SIREN of depth 2, 32,000 images, where recall is below 0.02, it had looked the
+# reverse: 2,875 and 2,789 against 3,297 and 3,377.
 # </details>
 
 # %% [markdown]
@@ -4375,6 +4377,12 @@ def above_the_training_resolution(seed=16):
 #
 # **What mattered.**
 #
+# * *Overlapping patches*: without them FRD 3,102 and 2,826, not 1,148 and 1,178, and a seam at every patch. *SLN*: with
+#   LayerNorm, and the style added to the tokens once, 1,517 and 1,639, and hardly any variety, recall 0.001 and 0.000,
+#   not 0.16 (the small model of [23](#next), 50,000 images, 30 samples each):
+#
+# ![Samples of the small model as it is; without overlap: mosaics; with plain LayerNorm: a few motifs](attachment:ablations.png)
+#
 # * *The patch decoder.* A SIREN of four modulated layers in place of two halves FRD; a single linear layer nearly
 #   doubles it ([8](#patch)).
 # * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles, in
@@ -4392,13 +4400,13 @@ def above_the_training_resolution(seed=16):
 # images, L2 or dot-product attention, improved, plain or no spectral normalisation, cheaper models that see up to 2.3
 # times as many images a minute, from 15 minutes on (most with one seed).
 #
-# **Surprises.** Without overlapping patches, and with LayerNorm and a style added once in place of SLN, FRD was *lower*
-# with both seeds, by 250 to 590, a hint and no more; without SLN the samples are a few motifs. Without bCR one seed was
-# better and one 1,200 worse. At 200,000 images `smoke` with a SIREN of depth 2, 3 and 4 (this one with slow waves too)
-# is alike in FRD and differs in recall: 0.12, 0.18, 0.24. And a plain DCGAN (a GAN of convolutions, Radford et al.
-# 2016), nine times faster, is behind in FRD after 15 minutes of one core, 1,546 and 1,471 against 1,023 and 1,123, and
-# far ahead after 60, when `smoke`, not compiled, has seen 160,000 images: 668 and 643 against 901 and 827, recall 0.41
-# and 0.45 against 0.32 and 0.27.
+# **Surprises.** In a model that learns badly, ablations mislead: with Adam, and recall below 0.02, FRD was *lower*
+# without overlap and without SLN, with both seeds, by 250 to 590, and 900 to 1,300 *higher* without DiffAugment in the
+# losses. Trained well, all three are the reverse. Without bCR one seed was better and one 1,200 worse. At 200,000
+# images `smoke` with a SIREN of depth 2, 3 and 4 (this one with slow waves too) is alike in FRD and differs in recall:
+# 0.12, 0.18, 0.24. And a plain DCGAN (a GAN of convolutions, Radford et al. 2016), nine times faster, is behind in FRD
+# after 15 minutes of one core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60, when `smoke`, not
+# compiled, has seen 160,000 images: 668 and 643 against 901 and 827, recall 0.41 and 0.45 against 0.32 and 0.27.
 #
 # **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746, 680 and 907, recall 0.30, 0.36 and
 # 0.29 at 200,000 images, 67 minutes compiled, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one

@@ -4,7 +4,7 @@
 
 A run takes 18 to 20 minutes of one CPU core, of the small model half of that. Each leaves OUT/NAME-IMAGES-SEED.npz,
 10,000 samples as uint8 (N, 32, 32, 3) for `benchmarks/frd.py`, and prints one line of JSON. Runs whose samples are there
-already are skipped. In the end OUT/ablations.jpg shows 30 samples of each, of the first seed.
+already are skipped. In the end OUT/ablations.png shows 30 samples of each, of the first seed.
 """
 
 import argparse
@@ -130,15 +130,15 @@ def save(samples: np.ndarray, path: Path):
         np.savez_compressed(file, images=samples)
 
 
-def draw(flags: argparse.Namespace):
+def draw(names: list[str], flags: argparse.Namespace):
     """30 samples of every run with the first seed."""
-    rows = math.ceil(len(ABLATIONS) / 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.8 * rows))
-    for axis, name in zip(axes.flat, ABLATIONS, strict=False):
+    rows = math.ceil(len(names) / 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.8 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
         images = torch.from_numpy(np.load(samples_of(name, flags, flags.seeds[0]))["images"][:30]).permute(0, 3, 1, 2)
         v.show_images(images, name, columns=6, axis=axis)
     figure.tight_layout()
-    figure.savefig(flags.out / "ablations.jpg", dpi=100)
+    figure.savefig(flags.out / "ablations.png", dpi=100)
 
 
 def main():
@@ -151,8 +151,9 @@ def main():
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
     small = dict(dim=96, depth=2, heads=2, siren_dim=64) if flags.small else {}
+    names = flags.only or list(ABLATIONS)
     for seed in flags.seeds:
-        for name in flags.only or ABLATIONS:
+        for name in names:
             path = samples_of(name, flags, seed)
             if path.exists():
                 continue
@@ -161,8 +162,7 @@ def main():
             ((line, samples),) = train_changed(config, changed, [flags.images], n=10_000)
             save(samples, path)
             print(json.dumps({"name": name} | line), flush=True)
-    if not flags.only:
-        draw(flags)
+    draw(names, flags)
 
 
 if __name__ == "__main__":
