@@ -4409,9 +4409,9 @@ def above_the_training_resolution(seed=16):
 # after 15 minutes of one core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60, when `smoke`, not
 # compiled, has seen 160,000 images: 668 and 643 against 901 and 827, recall 0.41 and 0.45 against 0.32 and 0.27.
 #
-# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746, 680 and 907, recall 0.30, 0.36 and
-# 0.29 at 200,000 images, 67 minutes compiled, with DiffAugment in its losses 802 to 986, 0.22 to 0.27 (four runs), one
-# run of that kind 638 and 0.43 at 800,000.
+# **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746, 680 and 907, recall 0.30, 0.36
+# and 0.29 at 200,000 images, two of them in 67 and 68 minutes, compiled, with DiffAugment in its losses 802 to 986,
+# 0.22 to 0.27 (four runs), one run of that kind 638 and 0.43 at 800,000.
 #
 # **On a GPU.** The paper's size with the paper's settings learns slowly: FRD 2,083 at 500,000 images; with a SIREN of
 # depth 4 1,278; with Muon and bCR 1 / 1 too **835** (one seed each). The profile `paper`, which has no DiffAugment in
