@@ -4389,7 +4389,7 @@ def above_the_training_resolution(seed=16):
 # * *Images as they are in the losses*, DiffAugment in the consistency only: more variety in all three profiles, in
 #   `smoke` with one of three seeds only at the end ([10](#diffaugment)).
 # * *Muon*: at `smoke`'s size, with a SIREN of depth 2, FRD 1,340 to 2,173 after 100,000 images, with Adam 3,679 (one
-#   seed, 2,000 samples). At a rate of 0.002, not 0.004, Muon was slower in the small model ([17](#muon)).
+#   seed, 2,000 samples). At a rate of 0.002, not 0.004, Muon was slower in a small model ([17](#muon)).
 # * Hints only: slow position waves ([5](#waves)), and grey images at the start, which save some 8,000 images
 #   ([8](#patch)).
 #
