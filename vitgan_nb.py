@@ -4113,7 +4113,8 @@ if LIVE:
 # are CIFAR-10's, DiffAugment is in the losses, and a small model is trained: two blocks, 96 wide, at full contrast at
 # the start; to 32,000 images with Adam and a SIREN of depth 2, to 36,000 with Muon and depth 4, to 48,000 with Muon and
 # depth 2. Its FRD is of 2,000 samples, that of all other models of 10,000. Fewer raise it: the first 2,000 test images
-# have 17. All tables, most with commands: `docs/experiments.md`.
+# have 17. The small model of [23](#next) is another, today's `smoke` made smaller: no DiffAugment in its losses. All
+# tables, most with commands: `docs/experiments.md`.
 #
 # **A mistake of ours.** Drawn from seed 0, the latents of a run with seed 0 were the very numbers that the mapping
 # network's first weights had begun with. Such a $z$ equals a row of these weights, its output there is √384 times too
@@ -4403,11 +4404,11 @@ def above_the_training_resolution(seed=16):
 #
 # **Surprises.** In a model that learns badly, ablations mislead: with Adam, and recall below 0.02, FRD was *lower*
 # without overlap and without SLN, with both seeds, by 250 to 590, and 900 to 1,300 *higher* without DiffAugment in the
-# losses. Trained well, all three are the reverse. Without bCR one seed was better and one 1,200 worse. At 200,000
+# losses. With today's recipe all three are the reverse. Without bCR one seed was better and one 1,200 worse. At 200,000
 # images `smoke` with a SIREN of depth 2, 3 and 4 (this one with slow waves too) is alike in FRD and differs in recall:
 # 0.12, 0.18, 0.24. And a plain DCGAN (a GAN of convolutions, Radford et al. 2016), nine times faster, is behind in FRD
-# after 15 minutes of one core, 1,546 and 1,471 against 1,023 and 1,123, and far ahead after 60, when `smoke`, not
-# compiled, has seen 160,000 images: 668 and 643 against 901 and 827, recall 0.41 and 0.45 against 0.32 and 0.27.
+# after 15 minutes of one core and far ahead after 60: 668 and 643 against 901 and 827, recall 0.41 and 0.45 against
+# 0.32 and 0.27.
 #
 # **Where it ends.** Precision is there early, recall late and low. `smoke` has FRD 746, 680 and 907, recall 0.30, 0.36
 # and 0.29 at 200,000 images, two of them in 67 and 68 minutes, compiled, with DiffAugment in its losses 802 to 986,

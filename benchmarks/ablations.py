@@ -137,6 +137,8 @@ def draw(names: list[str], flags: argparse.Namespace):
     for axis, name in zip(axes.flat, names, strict=False):
         images = torch.from_numpy(np.load(samples_of(name, flags, flags.seeds[0]))["images"][:30]).permute(0, 3, 1, 2)
         v.show_images(images, name, columns=6, axis=axis)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(flags.out / "ablations.png", dpi=100)
 
